@@ -1,0 +1,21 @@
+"""What the loader hands to the method."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a step. V views, B samples, S pixels a side."""
+
+    views: Tensor
+    """uint8 [V, B, S, S, 3] as the loader cropped them; float32 [V, B, 3, S, S] once augmented."""
+    labels: Tensor
+    """int64 [B]; a method that learns without labels does not read them."""
+    indices: Tensor
+    """int64 [B]: positions of the samples in the `.beton`, which key everything random about them."""
+    epoch: int
+    """The epoch the samples belong to, counted from 0."""
+    wants_report: bool = True
+    """Whether this step is logged; where it is not, a method may leave costly entries out of its report."""

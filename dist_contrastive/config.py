@@ -1,0 +1,308 @@
+"""The configuration of a run: frozen dataclasses, validation only.
+
+A recipe builds one `TrainConfig`; the command line may replace single fields (`--optim.learning-rate 1e-3`); nothing
+changes it afterwards. Whatever a value is derived from it (the scaled learning rate, the rank batch), it is derived
+once, where it is used.
+"""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+
+class UserError(ValueError):
+    """A user's mistake: its text says in one line what is wrong and what to do. Entry points exit with status 2."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: Path = Path("data/photos.beton")
+    """The packed dataset (`python -m dist_contrastive.pack SOURCE OUT.beton` writes one)."""
+    image_size: int = 32
+    """Side of a view, in pixels."""
+    eval_crop: float = 1.0
+    """Side of the centre crop that evaluation sees, as a fraction of the image's shorter side."""
+    threads: int = 0
+    """Loader threads of each rank; 0 shares the host's cores fairly between its ranks."""
+    batches_ahead: int = 3
+    """How many batches are prepared ahead of the step that consumes them."""
+    timeout_s: float = 120.0
+    """The longest wait for one batch, in seconds; after it the run stops with an error instead of hanging."""
+
+    def __post_init__(self) -> None:
+        require(self.image_size >= 1, f"--data.image-size {self.image_size}: give at least 1 pixel")
+        require(0 < self.eval_crop <= 1, f"--data.eval-crop {self.eval_crop}: give a fraction in (0, 1]")
+        require(self.threads >= 0, f"--data.threads {self.threads}: give 0 (automatic) or more")
+        require(self.batches_ahead >= 1, f"--data.batches-ahead {self.batches_ahead}: give at least 1")
+        require(self.timeout_s > 0, f"--data.timeout-s {self.timeout_s}: give a positive number of seconds")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random views. Probabilities hold one value for all views or one for each (BYOL's asymmetric pair)."""
+
+    num_views: int = 2
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the random crop as a fraction of the image's."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio (width over height) of the random crop."""
+    flip: tuple[float, ...] = (0.5,)
+    """Probability of a horizontal flip."""
+    jitter: tuple[float, ...] = (0.8,)
+    """Probability of colour jitter (brightness, contrast, saturation and hue in an order drawn for each view)."""
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    grayscale: tuple[float, ...] = (0.2,)
+    """Probability of dropping colour."""
+    blur: tuple[float, ...] = (0.5,)
+    """Probability of a Gaussian blur, whose kernel spans a tenth of the view."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur in pixels, drawn uniformly."""
+    solarize: tuple[float, ...] = (0.0,)
+    """Probability of solarization: values from the threshold up are inverted."""
+    solarize_threshold: float = 0.5
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from each channel, in units of the full range; evaluation normalizes the same way."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Divides each channel, in units of the full range."""
+
+    def __post_init__(self) -> None:
+        require(self.num_views >= 1, f"--augment.num-views {self.num_views}: give at least 1")
+        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+            values = getattr(self, name)
+            require(
+                len(values) in (1, self.num_views) and all(0 <= value <= 1 for value in values),
+                f"--augment.{name} {values}: give one probability, or one for each of the {self.num_views} views",
+            )
+        for name in ("brightness", "contrast", "saturation"):
+            require(0 <= getattr(self, name) <= 1, f"--augment.{name} {getattr(self, name)}: give a strength in [0, 1]")
+        require(0 <= self.hue <= 0.5, f"--augment.hue {self.hue}: give a strength in [0, 0.5]")
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, f"--augment.crop-scale {low} {high}: give 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        require(0 < low <= high, f"--augment.crop-ratio {low} {high}: give 0 < low <= high")
+        low, high = self.blur_sigma
+        require(0 < low <= high, f"--augment.blur-sigma {low} {high}: give 0 < low <= high")
+        require(min(self.std) > 0, f"--augment.std {self.std}: give positive numbers")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    name: str = "resnet18"
+    """Any timm model by name, or one of this package's small ones (resnet10_w16, resnet10_w32, resnet10_w64)."""
+    stem: Literal["standard", "small"] = "standard"
+    """small: 3×3 convolution, stride 1, no max-pool, for images of about 32 pixels (ResNets)."""
+    norm: Literal["batch", "sync", "group"] = "batch"
+    """batch: statistics of the rank's own views; sync: of all ranks' (GPU); group: GroupNorm, no batch statistics."""
+    dropout: float = 0.0
+    """Probability of dropping a feature between encoder and projector."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.dropout < 1, f"--encoder.dropout {self.dropout}: give a probability in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    layers: Literal[2, 3] = 2
+    hidden_size: int = 0
+    """Width of the hidden layers; 0 takes the encoder's feature size."""
+    output_size: int = 128
+    """Size of the embedding."""
+
+    def __post_init__(self) -> None:
+        require(self.hidden_size >= 0, f"projector.hidden-size {self.hidden_size}: give 0 (feature size) or more")
+        require(self.output_size >= 1, f"projector.output-size {self.output_size}: give at least 1")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """What every method has; a method's own file adds its own fields."""
+
+    name: Annotated[str, tyro.conf.Fixed] = ""
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    size: Annotated[int, tyro.conf.arg(name="global")] = 256
+    """Samples of one optimizer step over all ranks."""
+
+    def __post_init__(self) -> None:
+        require(self.size >= 2, f"--batch.global {self.size}: a contrastive step needs at least 2 samples")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
+    learning_rate: float = 3e-4
+    """Per 256 samples of the global batch: the peak is this times global batch / 256."""
+    weight_decay: float = 1e-4
+    """Not applied to biases and normalization parameters."""
+    momentum: float = 0.9
+    """Of SGD and LARS; AdamW's first beta."""
+    warmup_epochs: float = 0.0
+    """Length of the linear warm-up."""
+    clip_norm: float = 0.0
+    """Largest norm of the whole gradient; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, f"--optim.learning-rate {self.learning_rate}: give a positive number")
+        require(self.weight_decay >= 0, f"--optim.weight-decay {self.weight_decay}: give 0 or more")
+        require(0 <= self.momentum < 1, f"--optim.momentum {self.momentum}: give a number in [0, 1)")
+        require(self.warmup_epochs >= 0, f"--optim.warmup-epochs {self.warmup_epochs}: give 0 or more")
+        require(self.clip_norm >= 0, f"--optim.clip-norm {self.clip_norm}: give 0 (off) or more")
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    enabled: bool = True
+    every: int = 0
+    """Epochs between probes; 0 probes at the end only."""
+    knn_k: int = 200
+    knn_temperature: float = 0.1
+    strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    """L2 strengths to choose from, per sample: the penalty is strength / 2 · |weights|² beside the mean loss."""
+    holdout: float = 0.1
+    """Part of the training set on which the strength is chosen."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"--probe.every {self.every}: give 0 (only at the end) or more")
+        require(self.knn_k >= 1, f"--probe.knn-k {self.knn_k}: give at least 1")
+        require(self.knn_temperature > 0, f"--probe.knn-temperature {self.knn_temperature}: give a positive number")
+        require(len(self.strengths) > 0 and min(self.strengths) > 0, "--probe.strengths: give positive numbers")
+        require(0 < self.holdout < 1, f"--probe.holdout {self.holdout}: give a fraction in (0, 1)")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1
+    """Epochs between checkpoints; the last epoch always ends with one."""
+    keep: int = 2
+    """How many checkpoints stay."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, f"--checkpoint.every {self.every}: give at least 1")
+        require(self.keep >= 2, f"--checkpoint.keep {self.keep}: keep at least 2, so that one survives a bad disk")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """What the run is asked to run on; it is checked against what was in fact launched."""
+
+    ranks: int = 0
+    """Number of ranks that must be there; 0 takes what was launched."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto takes what `accelerate launch` was told (fp32 if nothing)."""
+    timeout_minutes: float = 30.0
+    """The longest wait of a collective operation."""
+
+    def __post_init__(self) -> None:
+        require(self.ranks >= 0, f"--launch.ranks {self.ranks}: give 0 (as launched) or more")
+        require(self.timeout_minutes > 0, f"--launch.timeout-minutes {self.timeout_minutes}: give a positive number")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    method: MethodConfig
+    recipe: Annotated[str, tyro.conf.Fixed] = ""
+    run_dir: Path = Path("runs/run")
+    """Where everything about the run is written."""
+    seed: int = 0
+    epochs: int = 10
+    resume: Literal["auto", "never"] = "auto"
+    """auto continues an unfinished run of the same folder; never refuses a folder that holds one."""
+    overwrite: bool = False
+    """Delete what an earlier run left in the folder, finished or not."""
+    stop_after_steps: int = 0
+    """Save a checkpoint and stop once this many steps are done, as an interruption would; 0 runs to the end."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, f"--epochs {self.epochs}: give at least 1")
+        require(self.log_every >= 1, f"--log-every {self.log_every}: give at least 1")
+        require(self.stop_after_steps >= 0, f"--stop-after-steps {self.stop_after_steps}: give 0 (off) or more")
+        require(0 <= self.seed < 2**63, f"--seed {self.seed}: give a number in [0, 2**63)")
+
+
+# Fields that say where and how a run is carried out, not what it computes: a resume may change them. The dataset's path
+# is among them because the checkpoint holds the dataset's checksum.
+EXECUTION_FIELDS = (
+    "run_dir", "resume", "overwrite", "stop_after_steps", "data.path", "data.threads", "data.batches_ahead",
+    "data.timeout_s", "checkpoint.every", "checkpoint.keep", "launch.ranks", "launch.device", "launch.timeout_minutes",
+)  # fmt: skip
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as nested dicts of JSON values (paths as strings, tuples as lists)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(cls: type, data: Mapping[str, Any], method_config: type[MethodConfig]) -> Any:
+    """The inverse of `to_dict`: `method_config` is the dataclass that the field `method` was made from."""
+    hints = get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = set(data) - known
+    require(not unknown, f"config.json has fields that this version does not know: {', '.join(sorted(unknown))}")
+
+    def build(hint: Any, value: Any) -> Any:
+        if hint is MethodConfig:
+            hint = method_config
+        if dataclasses.is_dataclass(hint):
+            return from_dict(hint, value, method_config)  # type: ignore[arg-type]
+        if hint is Path:
+            return Path(value)
+        if get_origin(hint) in (Union, types.UnionType):
+            return None if value is None else build(next(a for a in get_args(hint) if a is not type(None)), value)
+        return tuple(value) if get_origin(hint) is tuple else value
+
+    return cls(**{name: build(hints[name], value) for name, value in data.items()})
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`name: old -> new` for each field in which two configs (`to_dict`) compute something different."""
+    flat_old, flat_new = flatten(old), flatten(new)
+    names = sorted((set(flat_old) | set(flat_new)) - set(EXECUTION_FIELDS))
+    return [
+        f"{name}: {flat_old.get(name)} -> {flat_new.get(name)}"
+        for name in names
+        if flat_old.get(name) != flat_new.get(name)
+    ]

@@ -1,0 +1,14 @@
+"""Pure functions of progress."""
+
+import math
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
+    """Linear warm-up to `peak`, then a half cosine down to 0 (SGDR without restarts, as in SimCLR, appendix B.6).
+
+    Step 0 already moves: the warm-up reaches `peak` at its last step, `warmup_steps - 1`.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
