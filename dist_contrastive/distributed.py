@@ -1,0 +1,109 @@
+"""Ranks and what they exchange. Every function is the identity at one rank, in the same code.
+
+At one rank there is no process group, and none is made: a world of one needs no communication.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which alone prints and writes."""
+    return rank() == 0
+
+
+def local_rank() -> int:
+    """This rank's number on its own host."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if is_distributed() else 0
+
+
+def local_ranks() -> int:
+    """How many ranks share this host; the launcher says so in LOCAL_WORLD_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if is_distributed() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks, at most as long as the process group's timeout."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value` on every rank. The value is pickled: only for what the ranks of one run tell each other."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """The sum of `x` over ranks, in a new tensor of the same shape; carries no gradient."""
+    total = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def all_gather_rows(x: Tensor) -> Tensor:
+    """The rows of all ranks in rank order, without gradient: [n_r, ...] on each rank to [sum of n_r, ...].
+
+    Row counts may differ between ranks; the other sizes and the dtype may not.
+    """
+    if world_size() == 1:
+        return x.detach()
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
+    counts[rank()] = len(x)
+    sizes: list[int] = all_reduce_sum(counts).tolist()
+    # Collectives want equal shapes: pad to the largest share, then cut.
+    padded = x.new_zeros((max(sizes), *x.shape[1:]))
+    padded[: len(x)] = x.detach()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        ctx.num_rows = len(x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        # Every rank's loss depends on this rank's rows, so their gradient is the sum over all ranks' losses.
+        total = grads[0].contiguous()
+        dist.all_reduce(total)
+        start = rank() * ctx.num_rows
+        return total[start : start + ctx.num_rows]
+
+
+def gather_with_grad(x: Tensor) -> Tensor:
+    """The rows of all ranks in rank order, with gradient: [n, ...] on each rank to [W·n, ...].
+
+    The backward pass sums the gradients that all W ranks' losses send to this rank's rows. With rank-local losses that
+    are means over the rank's own anchors, DDP's average over ranks then equals the gradient of the mean over all
+    anchors, as at one rank. Every rank must have the same number of rows and must take part in both passes.
+    """
+    if world_size() == 1:
+        return x
+    out: Tensor = _Gather.apply(x)
+    return out
