@@ -1,0 +1,1 @@
+"""Losses and statistics: pure functions of embeddings."""
