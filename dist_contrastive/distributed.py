@@ -55,7 +55,7 @@ def broadcast_object(value: Any) -> Any:
 
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of `x` over ranks, in a new tensor of the same shape; carries no gradient."""
-    total = x.detach().clone()
+    total = x.detach().clone(memory_format=torch.contiguous_format)
     if world_size() > 1:
         dist.all_reduce(total)
     return total
@@ -90,8 +90,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         # Every rank's loss depends on this rank's rows, so their gradient is the sum over all ranks' losses.
-        total = grads[0].contiguous()
-        dist.all_reduce(total)
+        total = all_reduce_sum(grads[0])
         start = rank() * ctx.num_rows
         return total[start : start + ctx.num_rows]
 

@@ -1,0 +1,118 @@
+"""Encoders: any timm model by name, without its classifier, and three small ResNets for CPUs and tests."""
+
+import difflib
+import math
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float
+from timm.layers import BatchNormAct2d, GroupNormAct, convert_sync_batchnorm
+from timm.models import register_model
+from timm.models.resnet import BasicBlock, ResNet
+from torch import Tensor, nn
+
+from dist_contrastive.config import EncoderConfig, UserError
+
+CHANNELS_PER_GROUP = 16  # GroupNorm, Wu and He 2018, table 3: as good as 32 groups, and it also serves narrow layers
+
+
+class Encoder(nn.Module):
+    """f: image to feature.
+
+    Attributes:
+        body: the timm model, pooled and without classifier.
+        feature_size: D, the number of features of one image.
+    """
+
+    def __init__(self, body: nn.Module, feature_size: int) -> None:
+        super().__init__()
+        self.body = body
+        self.feature_size = feature_size
+
+    def forward(self, images: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n d"]:
+        """Features [N, D] of normalized images [N, 3, S, S], in the dtype of the encoder's last layer."""
+        features: Tensor = self.body(images)
+        return features
+
+
+def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
+    """The encoder that `config` names, with random weights drawn from torch's global generator, in channels_last.
+
+    `image_size` is the side of the images in pixels; models of a fixed input size (ViT) are built for it. Raises
+    `UserError` for an unknown name (with the nearest one) and for a small stem on a model that is no ResNet.
+    """
+    if not timm.is_model(config.name):
+        nearest = difflib.get_close_matches(config.name, timm.list_models(), n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise UserError(f"--encoder.name {config.name}: timm has no such model{hint}")
+    options: dict[str, Any] = {}
+    cfg = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
+    if cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != image_size:
+        options["img_size"] = image_size
+    body = timm.create_model(config.name, pretrained=False, num_classes=0, **options)
+    if config.stem == "small":
+        _shrink_stem(body, config.name)
+    if config.norm == "group":
+        body = _with_group_norm(body)
+    elif config.norm == "sync":
+        body = convert_sync_batchnorm(body)
+    encoder = Encoder(body, feature_size=body.num_features)
+    return encoder.to(memory_format=torch.channels_last)
+
+
+def _shrink_stem(body: nn.Module, name: str) -> None:
+    """Replace a ResNet's stem by a 3×3 convolution of stride 1 without max-pool (SimCLR, appendix B.9)."""
+    if not isinstance(body, ResNet):
+        raise UserError(f"--encoder.stem small: {name} is no ResNet; use --encoder.stem standard")
+    stem = nn.Conv2d(3, body.bn1.num_features, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    body.conv1 = stem
+    body.maxpool = nn.Identity()
+
+
+def _with_group_norm(module: nn.Module) -> nn.Module:
+    """The module with each BatchNorm replaced by a GroupNorm of the same weights."""
+    norm: nn.Module | None = None
+    if isinstance(module, BatchNormAct2d):
+        norm = GroupNormAct(module.num_features, num_groups=_num_groups(module.num_features))
+        norm.drop, norm.act = module.drop, module.act
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        norm = nn.GroupNorm(_num_groups(module.num_features), module.num_features)
+    if norm is not None:
+        norm.weight, norm.bias = module.weight, module.bias  # keeps a zero-initialised last norm zero
+        return norm
+    for child_name, child in module.named_children():
+        setattr(module, child_name, _with_group_norm(child))
+    return module
+
+
+def _num_groups(num_channels: int) -> int:
+    return num_channels // math.gcd(num_channels, CHANNELS_PER_GROUP)
+
+
+def _resnet10(width: int, **kwargs: Any) -> ResNet:
+    """Four stages of one basic block each, `width` to 8·`width` channels."""
+    # A stem of type "deep" is timm's way to a stem narrower than 64 channels: it ends in 2·stem_width.
+    for key in ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        kwargs.pop(key, None)
+    channels = (width, 2 * width, 4 * width, 8 * width)
+    return ResNet(BasicBlock, (1, 1, 1, 1), channels=channels, stem_type="deep", stem_width=width // 2, **kwargs)
+
+
+@register_model
+def resnet10_w16(**kwargs: Any) -> ResNet:
+    """ResNet-10 of a quarter of the usual width: 0.3 M parameters."""
+    return _resnet10(16, **kwargs)
+
+
+@register_model
+def resnet10_w32(**kwargs: Any) -> ResNet:
+    """ResNet-10 of half the usual width: 1.2 M parameters."""
+    return _resnet10(32, **kwargs)
+
+
+@register_model
+def resnet10_w64(**kwargs: Any) -> ResNet:
+    """ResNet-10 of the usual width: 4.9 M parameters."""
+    return _resnet10(64, **kwargs)

@@ -1,0 +1,41 @@
+"""Heads between the feature and the loss."""
+
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dist_contrastive.config import ProjectorConfig
+from dist_contrastive.rng import keep_mask
+
+
+class KeyedDropout(nn.Module):
+    """Dropout whose mask is a pure function of the sample's key, so that it replays at any number of ranks."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, features: Float[Tensor, "n d"], keys: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
+        """Drop features [N, D] by the keys int64 [N] of their samples; in eval mode the identity."""
+        if not self.training or self.probability == 0:
+            return features
+        kept = keep_mask(keys, features.shape[1], self.probability)
+        return features * kept / (1 - self.probability)
+
+
+def build_projector(config: ProjectorConfig, feature_size: int, norm: Literal["batch", "sync", "group"]) -> nn.Sequential:
+    """g: feature [N, D] to embedding [N, E]: 2 or 3 linear layers with normalization and ReLU between them.
+
+    As SimCLR's head (section 2.1 and the authors' code, `model_util.projection_head`): hidden layers without bias before
+    their normalization, no non-linearity after the last layer. With `norm` group the hidden layers use LayerNorm, as the
+    features have no pixels to share a group with.
+    """
+    hidden_size = config.hidden_size or feature_size
+    sizes = [feature_size, *[hidden_size] * (config.layers - 1)]
+    modules: list[nn.Module] = []
+    for size_in, size_out in zip(sizes[:-1], sizes[1:], strict=True):
+        hidden_norm = {"batch": nn.BatchNorm1d, "sync": nn.SyncBatchNorm, "group": nn.LayerNorm}[norm](size_out)
+        modules += [nn.Linear(size_in, size_out, bias=False), hidden_norm, nn.ReLU(inplace=True)]
+    modules.append(nn.Linear(sizes[-1], config.output_size, bias=False))
+    return nn.Sequential(*modules)

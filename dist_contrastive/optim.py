@@ -1,0 +1,37 @@
+"""Parameter groups and optimizers."""
+
+import torch
+from timm.optim import Lars
+from torch import nn
+
+from dist_contrastive.config import OptimConfig
+
+REFERENCE_BATCH = 256  # learning rates are given per this many samples (Goyal et al. 2017)
+
+
+def peak_learning_rate(config: OptimConfig, global_batch: int) -> float:
+    """The configured rate, which is per 256 samples, scaled linearly to the global batch. The one place that scales."""
+    return config.learning_rate * global_batch / REFERENCE_BATCH
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: matrices and kernels with weight decay; biases and normalization parameters (one axis) without.
+
+    timm's LARS adapts a group's rate only where there is weight decay, so the second group is also the one that LARS
+    leaves alone, as SimCLR does (appendix B.6).
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """AdamW and SGD from torch, LARS from timm (You et al. 2017); the loop sets the learning rate at each step."""
+    groups = parameter_groups(module, config.weight_decay)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=(config.momentum, 0.999))
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
+    return Lars(groups, lr=0.0, momentum=config.momentum)

@@ -1,0 +1,56 @@
+"""What a person sees of a run: a live line on rank 0, or a plain line an epoch where there is no terminal."""
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingProgress:
+    """A context manager around the training loop; silent on ranks other than 0."""
+
+    def __init__(self, total_steps: int, done_steps: int, epochs: int, *, visible: bool) -> None:
+        self._console = Console()
+        self._epochs = epochs
+        self._visible = visible
+        self._live = visible and self._console.is_terminal
+        self._last_epoch = -1
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=self._console,
+            disable=not self._live,
+            # The time left comes from the speed of the last minutes: the first steps are slow.
+            speed_estimate_period=300,
+        )
+        self._task = self._progress.add_task("", total=total_steps, completed=done_steps, epoch="", numbers="")
+
+    def __enter__(self) -> "TrainingProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def step(self, step: int, epoch: int, values: dict[str, float] | None) -> None:
+        """`step` updates are done, the last in `epoch` (from 0); `values` are its metrics where it was logged."""
+        self._progress.update(self._task, completed=step, epoch=f"{epoch + 1}/{self._epochs}")
+        if values is None:
+            return
+        numbers = f"loss {values['loss']:.3f}  {values['images_per_s']:,.0f} images/s"
+        self._progress.update(self._task, numbers=numbers)
+        if self._visible and not self._live and epoch != self._last_epoch:
+            left = self._progress.tasks[self._task].time_remaining
+            minutes = f", about {left / 60:.0f} min left" if left else ""
+            print(f"epoch {epoch + 1}/{self._epochs}, step {step}: {numbers}{minutes}", flush=True)
+            self._last_epoch = epoch
+
+    def say(self, text: str) -> None:
+        """Print a line above the live one."""
+        if self._visible:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
