@@ -1,0 +1,116 @@
+"""What the entry points share: a command line from a dataclass, and one clear line for a user's mistake.
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(PackConfig, argv, prog="python -m dist_contrastive.pack")
+    ...
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))
+"""
+
+import contextlib
+import difflib
+import io
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from dist_contrastive.config import UserError
+
+T = TypeVar("T")
+
+# What a shell reports for a program that Ctrl-C ended (128 + SIGINT).
+EXIT_INTERRUPTED = 130
+EXIT_USER_ERROR = 2
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` for the entry of `known` closest to `name`, or an empty string where none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+def parse(cls_or_default: type[T] | T, argv: Sequence[str] | None = None, prog: str | None = None) -> T:
+    """Build a dataclass from the command line.
+
+    `cls_or_default` is a dataclass, or an instance whose values are the defaults; with an instance, a field that holds
+    a subclass of its annotation (`TrainConfig(method=SimCLRConfig())`) gets the subclass's options. `argv` are the
+    arguments without the program's name (None: the process's own); `prog` is what usage lines call the program.
+
+    Raises `UserError` with one line where tyro prints a box: an unknown option (with the nearest name), a value of the
+    wrong type, a missing value, and whatever the dataclass's own validation refuses. `--help` prints and exits with 0.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(cls_or_default, type):
+        cls, options = cls_or_default, {}
+    else:
+        cls, options = type(cls_or_default), {"default": cls_or_default}
+
+    def run(arguments: list[str]) -> Any:
+        return tyro.cli(cls, args=arguments, prog=prog, return_unknown_args=True, **options)  # type: ignore[call-overload]
+
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            config, unknown = run(args)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise UserError(_one_line(stop, errors.getvalue(), prog)) from None
+    if unknown:
+        # A value given to an unknown option is listed as unknown as well; the option is what was mistyped.
+        name = next((token for token in unknown if token.startswith("-")), unknown[0])
+        if not name.startswith("-"):
+            raise UserError(f"unexpected argument {name!r}; {_help_hint(prog)}")
+        flag = name.partition("=")[0]
+        raise UserError(f"unknown option {flag}{nearest(flag, _known_flags(run))}; {_help_hint(prog)}")
+    return config
+
+
+def main_guard(function: Callable[[], object]) -> int:
+    """Run an entry point; the exit status of the process.
+
+    A `UserError` becomes `error: <one line>` on stderr and status 2, Ctrl-C one line and status 130. Anything else is
+    an internal fault and keeps its traceback.
+    """
+    try:
+        function()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt as error:
+        print(f"error: interrupted {error}".rstrip(), file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _help_hint(prog: str | None) -> str:
+    return f"`{prog} --help` lists the options" if prog else "--help lists the options"
+
+
+def _known_flags(run: Callable[[list[str]], Any]) -> list[str]:
+    """Every option's long name, read off the help page: the one place that has tyro's final spelling of each."""
+    page = io.StringIO()
+    with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
+        run(["--help"])
+    return sorted(set(re.findall(r"--[a-z0-9][\w.-]*", page.getvalue())))
+
+
+def _one_line(stop: SystemExit, box: str, prog: str | None) -> str:
+    """tyro's error as one line: the dataclass's own message where validation failed, else the first part of the box."""
+    cause: BaseException | None = stop
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__context__
+    rows = [row.strip("│ ") for row in box.splitlines() if not row.startswith(("╭", "╰"))]
+    body: list[str] = []
+    for row in rows:
+        if set(row) <= {"─"}:  # a rule ends what is wrong and starts the help that follows it
+            break
+        body.append(row)
+    message = " ".join(body).rstrip(".")
+    return f"{message or 'wrong command line'}; {_help_hint(prog)}"
