@@ -1,0 +1,1 @@
+"""Sources, packing, loading and augmentation of images."""

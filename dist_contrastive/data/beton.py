@@ -1,0 +1,319 @@
+"""Packed datasets: what a `.beton` holds, opening one safely. The only module that imports ffcv.
+
+A dataset is two files: FFCV's `.beton` with the fields `image`, `label` and `split`, which a plain `ffcv.Loader` opens
+as well, and a manifest beside it (`OUT.beton.json`) with its checksum. FFCV itself checks nothing: an interrupted file
+opens with zeroed metadata, and compiled code follows whatever addresses the file gives it. So a file without a manifest
+that matches is refused, and every address is checked to lie inside the file before compiled code sees it.
+"""
+
+import ctypes
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import BinaryIO
+
+import llvmlite.binding
+import numba
+import numpy as np
+
+from dist_contrastive.config import UserError, require
+
+DECODE_SYMBOL = "dist_contrastive_imdecode"
+
+try:
+    import ffcv.libffcv
+    import ffcv.reader
+    import ffcv.types
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.rgb_image import IMAGE_MODES
+    from ffcv.utils import align_to_page
+except (ImportError, OSError) as _error:  # OSError: a shared library that ctypes can't load
+    _ffcv_error: Exception | None = _error
+else:
+    _ffcv_error = None
+    # Registering is cheap and has to happen in each process before compiled code that was kept on disk is loaded.
+    llvmlite.binding.add_symbol(DECODE_SYMBOL, ctypes.cast(ffcv.libffcv.lib.imdecode, ctypes.c_void_p).value)
+
+TRAIN, TEST = 0, 1
+"""Values of the field `split`."""
+
+FORMAT = 1
+"""The manifest's format; a file of another one has to be packed again."""
+
+PACK_COMMAND = "python -m dist_contrastive.pack SOURCE OUT.beton"
+
+IMAGE_FIELD, LABEL_FIELD, SPLIT_FIELD = "image", "label", "split"
+
+# int32(source, source bytes, source height, source width, destination, crop height, crop width, offset x, offset y,
+# scale numerator, scale denominator, enable crop, flip)
+_DECODE_SIGNATURE = numba.types.int32(
+    numba.types.uintp, numba.types.uint64, numba.types.uint32, numba.types.uint32, numba.types.uintp,
+    numba.types.uint32, numba.types.uint32, numba.types.uint32, numba.types.uint32,
+    numba.types.uint32, numba.types.uint32, numba.types.uint8, numba.types.uint8,
+)  # fmt: skip
+
+TURBOJPEG_DECODE = numba.types.ExternalFunction(DECODE_SYMBOL, _DECODE_SIGNATURE)
+"""FFCV's JPEG decoder for compiled code: decodes `src` to RGB at `dst`; 0 means fine.
+
+FFCV's own binding discards the return code, so that a corrupt JPEG gives wrong pixels without a word. The function is
+found by its name and not by its address, so that compiled callers can be kept on disk (`cache=True`).
+"""
+
+
+PAGE_SIZE = 1 << 23
+"""Bytes of a page, FFCV's own choice; no sample lies across two pages, so no encoded image may be larger."""
+
+MAX_SIDE = (1 << 16) - 1
+"""Pixels: FFCV keeps widths and heights in 16 bits."""
+
+
+def require_ffcv() -> None:
+    """Raise `UserError` with the commands that install it where FFCV or one of its shared libraries is missing."""
+    if _ffcv_error is not None:
+        raise UserError(
+            f"FFCV can't be loaded ({_ffcv_error}): `apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++`, "
+            "then `pip install ffcv`"
+        )
+
+
+def manifest_path(path: Path) -> Path:
+    """Where the manifest of the packed dataset `path` lies."""
+    return path.with_name(path.name + ".json")
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A bad image that is not in the dataset."""
+
+    name: str
+    """Its path, or its name within the source."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a packed dataset should be; written last, so that a dataset with a manifest is complete."""
+
+    num_samples: int
+    num_train: int
+    num_test: int
+    classes: tuple[str, ...]
+    """Names of the classes; a label is a position here."""
+    num_jpeg: int
+    """How many samples are JPEGs; the others are raw RGB."""
+    smallest_width: int
+    largest_width: int
+    smallest_height: int
+    largest_height: int
+    mean: tuple[float, float, float]
+    """Of each channel over all pixels of the training split (of all samples where there is none), in [0, 1]."""
+    std: tuple[float, float, float]
+    """Standard deviation of each channel over the same pixels, in units of the full range."""
+    source: str
+    """Where the images came from, as it was given to pack."""
+    left_out: tuple[LeftOut, ...]
+    num_bytes: int
+    sha256: str
+    """Of the whole `.beton`, in hexadecimal."""
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def read(path: Path) -> "Manifest":
+        """Read the manifest file `path`; raises `UserError` where it is not one that this version writes."""
+        again = f"pack the dataset again: {PACK_COMMAND}"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            found = data["format"]
+            require(found == FORMAT, f"{path} has format {found}, this version reads format {FORMAT}; {again}")
+            data["left_out"] = tuple(LeftOut(**entry) for entry in data["left_out"])
+            for name in ("classes", "mean", "std"):
+                data[name] = tuple(data[name])
+            manifest = Manifest(**data)
+        except UserError:
+            raise
+        except OSError as error:
+            raise UserError(f"{path} can't be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a manifest that pack wrote; {again}") from error
+        for field in fields(Manifest):
+            if field.type is int:
+                value = getattr(manifest, field.name)
+                require(type(value) is int and value >= 0, f"{path}: {field.name} is {value!r}; {again}")
+        return manifest
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A packed dataset that was opened and checked. N samples."""
+
+    path: Path
+    manifest: Manifest
+    labels: np.ndarray
+    """int64 [N]"""
+    splits: np.ndarray
+    """int64 [N]: `TRAIN` or `TEST`"""
+    file_bytes: np.ndarray
+    """uint8 [file size], read-only: the mapped file"""
+    pointers: np.ndarray
+    """int64 [N]: where in the file each sample's image starts"""
+    sizes: np.ndarray
+    """int64 [N]: bytes of each sample's image"""
+    is_jpeg: np.ndarray
+    """uint8 [N]: 1 for a JPEG, 0 for raw RGB (height × width × 3)"""
+    heights: np.ndarray
+    """int32 [N]"""
+    widths: np.ndarray
+    """int32 [N]"""
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.labels)
+
+    def indices(self, split: int) -> np.ndarray:
+        """The samples of a split in ascending order, int64."""
+        return np.flatnonzero(self.splits == split).astype(np.int64)
+
+
+def open_dataset(path: Path, *, verify: bool = True) -> Dataset:
+    """Open a packed dataset for reading.
+
+    `verify` reads the whole file once and compares its SHA-256 with the manifest's (about a second for each gigabyte);
+    the sizes, the counts and every address are checked in any case.
+
+    Raises `UserError` where the file or its manifest is missing, the two do not match, or FFCV can't be loaded.
+    """
+    require_ffcv()
+    path = Path(path)
+    again = f"pack it again: {PACK_COMMAND.replace('OUT.beton', str(path))}"
+    require(path.is_file(), f"no packed dataset at {path}; write one: {PACK_COMMAND.replace('OUT.beton', str(path))}")
+    beside = manifest_path(path)
+    require(beside.is_file(), f"{path} has no manifest ({beside.name}), it may be incomplete; {again}")
+    manifest = Manifest.read(beside)
+    num_bytes = path.stat().st_size
+    require(
+        num_bytes == manifest.num_bytes,
+        f"{path} has {num_bytes} bytes, its manifest says {manifest.num_bytes}: truncated or replaced; {again}",
+    )
+    try:
+        if verify:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            require(digest == manifest.sha256, f"{path} was altered: its SHA-256 is not its manifest's; {again}")
+        reader = ffcv.reader.Reader(str(path))
+        file_bytes = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
+    except (AssertionError, LookupError, ValueError, TypeError, MemoryError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not a .beton file that FFCV can read ({error}); {again}") from error
+
+    expected = {IMAGE_FIELD: RGBImageField, LABEL_FIELD: IntField, SPLIT_FIELD: IntField}
+    found = {name: type(handler) for name, handler in reader.handlers.items()}
+    require(found == expected, f"{path} has fields {', '.join(found)}, not {', '.join(expected)}; {again}")
+    columns = dict(zip(expected, reader.metadata.dtype.names, strict=True))
+    images = reader.metadata[columns[IMAGE_FIELD]]
+    labels = reader.metadata[columns[LABEL_FIELD]].astype(np.int64)
+    splits = reader.metadata[columns[SPLIT_FIELD]].astype(np.int64)
+    counts = (len(labels), int(np.sum(splits == TRAIN)), int(np.sum(splits == TEST)))
+    require(
+        counts == (manifest.num_samples, manifest.num_train, manifest.num_test)
+        and len(reader.alloc_table) == len(labels) == reader.num_samples,
+        f"{path} holds {counts[0]} samples ({counts[1]} to train, {counts[2]} to test), its manifest says "
+        f"{manifest.num_samples} ({manifest.num_train}, {manifest.num_test}); {again}",
+    )
+    dataset = Dataset(
+        path=path,
+        manifest=manifest,
+        labels=labels,
+        splits=splits,
+        file_bytes=file_bytes,
+        pointers=images["data_ptr"].astype(np.int64),
+        sizes=reader.alloc_table["size"].astype(np.int64),
+        is_jpeg=(images["mode"] == IMAGE_MODES["jpg"]).astype(np.uint8),
+        heights=images["height"].astype(np.int32),
+        widths=images["width"].astype(np.int32),
+    )
+    # Compiled code follows these without a check of its own.
+    raw_bytes = dataset.heights.astype(np.int64) * dataset.widths * 3
+    in_file = (dataset.pointers >= 0) & (dataset.sizes > 0) & (dataset.pointers <= num_bytes - dataset.sizes)
+    require(
+        bool(
+            np.array_equal(reader.alloc_table["sample_id"], np.arange(len(labels)))
+            and np.array_equal(reader.alloc_table["ptr"].astype(np.int64), dataset.pointers)
+            and np.all(in_file & (raw_bytes > 0) & ((dataset.is_jpeg == 1) | (dataset.sizes == raw_bytes)))
+            and np.all((labels >= 0) & (labels < len(manifest.classes)))
+        ),
+        f"{path} has samples that lie outside the file or belong to no class; {again}",
+    )
+    return dataset
+
+
+class BetonWriter:
+    """Writes the samples of a `.beton` one after the other into a file that is open for writing.
+
+    FFCV's own `DatasetWriter` hangs for ever where one sample raises or the disk is full, and with several workers the
+    order of its pages depends on which is the fastest. This one uses FFCV's types for everything that reaches the file
+    and writes in the order of the calls: the same samples give the same bytes.
+
+    Layout: header, field descriptors, metadata of all samples, then from the next page on the images, then the table
+    of allocations. `capacity` is the largest number of samples that will be added: the metadata lies before the images,
+    so its room has to be known first. Bad samples leave a part of it unused.
+    """
+
+    def __init__(self, file: BinaryIO, capacity: int) -> None:
+        require_ffcv()
+        handlers = {IMAGE_FIELD: RGBImageField(), LABEL_FIELD: IntField(), SPLIT_FIELD: IntField()}
+        self._descriptors = np.zeros(len(handlers), dtype=ffcv.types.FieldDescType)
+        type_ids = {handler: type_id for type_id, handler in ffcv.types.TYPE_ID_HANDLER.items()}
+        for descriptor, (name, handler) in zip(self._descriptors, handlers.items(), strict=True):
+            descriptor["type_id"] = type_ids[type(handler)]
+            encoded_name = np.frombuffer(name.encode("ascii"), dtype=np.uint8)
+            descriptor["name"][: len(encoded_name)] = encoded_name
+            descriptor["arguments"][:] = handler.to_binary()[0]
+        self._metadata = np.zeros(capacity, dtype=ffcv.types.get_metadata_type(list(handlers.values())))
+        self._allocations = np.zeros(capacity, dtype=ffcv.types.ALLOC_TABLE_TYPE)
+        self._columns = [self._metadata[name] for name in self._metadata.dtype.names or ()]
+        self._handlers = list(handlers.values())
+        self._metadata_start = ffcv.types.HeaderType.itemsize + self._descriptors.nbytes
+        self._file = file
+        self._position = align_to_page(self._metadata_start + self._metadata.nbytes, PAGE_SIZE)
+        file.seek(self._position)
+        self.num_samples = 0
+
+    def add(self, data: bytes, *, is_jpeg: bool, height: int, width: int, label: int, split: int) -> None:
+        """Append a sample whose encoded image is `data` (a JPEG, or height × width × 3 bytes RGB)."""
+        assert 0 < len(data) <= PAGE_SIZE, f"{len(data)} bytes do not fit on a page"
+        assert is_jpeg or len(data) == height * width * 3, "the raw image's size does not match its shape"
+        left = -self._position % PAGE_SIZE or PAGE_SIZE
+        if len(data) > left:
+            self._file.write(bytes(left))
+            self._position += left
+        index = self.num_samples
+        images, labels, splits = self._columns
+        images[index] = (IMAGE_MODES["jpg" if is_jpeg else "raw"], width, height, self._position)
+        self._handlers[1].encode(labels[index : index + 1], label, None)
+        self._handlers[2].encode(splits[index : index + 1], split, None)
+        self._allocations[index] = (index, self._position, len(data))
+        self._file.write(data)
+        self._position += len(data)
+        self.num_samples += 1
+
+    def finish(self) -> None:
+        """Write what FFCV reads first. Until then the file is not a `.beton` (its version is 0)."""
+        header = np.zeros(1, dtype=ffcv.types.HeaderType)
+        header["version"] = ffcv.types.CURRENT_VERSION
+        header["num_fields"] = len(self._descriptors)
+        header["page_size"] = PAGE_SIZE
+        header["num_samples"] = self.num_samples
+        header["alloc_table_ptr"] = self._position
+        self._file.write(self._allocations[: self.num_samples].tobytes())
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._file.write(self._descriptors.tobytes())
+        self._file.write(self._metadata[: self.num_samples].tobytes())
+        self._file.flush()
