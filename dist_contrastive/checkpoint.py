@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_contrastive import __version__
-from dist_contrastive.atomic import sync_folder, write_synced
+from dist_contrastive.atomic import sync_folder, write_atomic, write_synced
 from dist_contrastive.config import UserError
 
 FORMAT = 1
@@ -176,3 +176,9 @@ def load_module(module: nn.Module, tensors: Tensors) -> None:
         module.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(f"the checkpoint is of another model: {' '.join(str(error).split())[:300]}") from error
+
+
+def save_module(path: Path, module: nn.Module, metadata: Mapping[str, str]) -> None:
+    """Write a module's state as one safetensors file, whole or not at all; `metadata` lies in its header."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    write_atomic(path, safetensors.torch.save(tensors, metadata=dict(metadata)))

@@ -4,11 +4,16 @@ At one rank there is no process group, and none is made: a world of one needs no
 """
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dist_contrastive.config import UserError
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -51,6 +56,24 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def together(call: Callable[[], T]) -> T:
+    """This rank's `call()`; a `UserError` in any rank's call is raised on all of them, so that none waits for the others."""
+    result, error = None, None
+    try:
+        result = call()
+    except UserError as caught:
+        error = caught
+    if world_size() > 1:
+        errors: list[str | None] = [None] * world_size()
+        dist.all_gather_object(errors, None if error is None else str(error))
+        first = next((text for text in errors if text is not None), None)
+        if error is None and first is not None:
+            error = UserError(first)
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:

@@ -2,9 +2,12 @@
 
 import json
 import math
+import resource
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from dist_contrastive.atomic import write_atomic
@@ -28,6 +31,11 @@ class MetricsLog:
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
 
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Numbers that have a file of their own (the probe's), for TensorBoard alone."""
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
     def close(self) -> None:
         self._file.close()
         self._tensorboard.close()
@@ -44,3 +52,41 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+class StepTimer:
+    """Throughput since the last reading: what a step took, and how much of it was waiting for the loader."""
+
+    def __init__(self, global_batch: int, device: torch.device) -> None:
+        self._global_batch = global_batch
+        self._device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what went before: what follows a probe or a checkpoint is not a step's time."""
+        self._start, self._steps, self._wait_ms = time.perf_counter(), 0, 0.0
+
+    def count(self, wait_ms: float) -> None:
+        """A step is done, `wait_ms` of which this rank waited for its batch."""
+        self._steps += 1
+        self._wait_ms += wait_ms
+
+    def read(self) -> dict[str, float]:
+        """Means over the steps since the last reading, then start again.
+
+        `images_per_s` counts samples of the global batch (not views) a second; `peak_memory_mib` is this rank's: allocated
+        on the GPU, or resident on the CPU.
+        """
+        seconds = time.perf_counter() - self._start
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device) / 2**20
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        values = {
+            "images_per_s": self._steps * self._global_batch / seconds,
+            "step_time_ms": 1e3 * seconds / self._steps,
+            "loader_wait_ms": self._wait_ms / self._steps,
+            "peak_memory_mib": peak,
+        }
+        self.restart()
+        return values

@@ -1,0 +1,212 @@
+"""One update of a run, and the state that it moves: method, optimizer, loss scaler, position."""
+
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from dist_contrastive import distributed, rng, schedules
+from dist_contrastive.batch import Batch
+from dist_contrastive.checkpoint import Checkpoint, CheckpointStore, load_module, load_optimizer, optimizer_tensors
+from dist_contrastive.config import TrainConfig, UserError, require, to_dict
+from dist_contrastive.launch import precision_of
+from dist_contrastive.methods import METHODS, Method
+from dist_contrastive.optim import build_optimizer, peak_learning_rate
+
+# A loss scaler that had to go below this no longer helps: the gradients themselves are not finite.
+SMALLEST_LOSS_SCALE = 1.0
+
+
+class NonFiniteError(UserError):
+    """Loss or gradient left the finite numbers; nothing was updated on any rank."""
+
+
+def build_method(config: TrainConfig) -> Method:
+    """The method with its initial weights, a pure function of the config: calling it again gives the untrained encoder."""
+    cls = METHODS[config.method.name]
+    require(
+        config.augment.num_views >= cls.min_views,
+        f"--augment.num-views {config.augment.num_views}: {config.method.name} needs at least {cls.min_views} views",
+    )
+    torch.manual_seed(rng.step_seed(config.seed, 0, 0))
+    return cls(config.method, config.encoder, image_size=config.data.image_size, seed=config.seed)
+
+
+class Trainer:
+    """What an update moves and a checkpoint holds.
+
+    Attributes:
+        step: how many updates are done; the cursor is `step` times the global batch.
+        method: the bare module; updates go through its DDP wrapper.
+        stopping: whether the ranks have agreed to stop (a signal reached one of them).
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, *, steps_per_epoch: int, dataset_sha256: str) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = steps_per_epoch * config.epochs
+        self.peak_learning_rate = peak_learning_rate(config.optim, config.batch.size)
+        self.step = 0
+        self.stopping = False
+        self._interrupted = False
+        self._dataset_sha256 = dataset_sha256
+        self.method = build_method(config)
+        self.num_parameters = sum(p.numel() for p in self.method.parameters())
+        self._torch_optimizer = build_optimizer(config.optim, self.method)
+        self._ddp, self._optimizer = accelerator.prepare(self.method, self._torch_optimizer)
+        self.store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next update, from 0."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def step_in_epoch(self) -> int:
+        return self.step % self.steps_per_epoch
+
+    def is_logged(self, step: int) -> bool:
+        """Whether update number `step` (from 1) writes a line of metrics."""
+        return step % self.config.log_every == 0 or step in (1, self.total_steps)
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """One update by this rank's augmented share of the global batch; returns means over the global batch.
+
+        Raises `NonFiniteError` on all ranks, before anything is updated, when loss or gradient of any is not finite.
+        """
+        # The project's own randomness is keyed by sample; this seeds what a library draws inside a forward pass.
+        torch.manual_seed(rng.step_seed(self.config.seed, self.step, distributed.rank()))
+        rate = self._set_learning_rate()
+        self._ddp.train()
+        losses, report = self._ddp(batch)
+        self.accelerator.backward(losses["loss"])
+        grad_norm = self._clip_gradient()
+        values = self._agree({**losses, **report}, grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.step += 1
+        self.method.after_step(self.step / self.total_steps)
+        return {**values, "learning_rate": rate}
+
+    def _set_learning_rate(self) -> float:
+        optim = self.config.optim
+        warmup_steps = round(optim.warmup_epochs * self.steps_per_epoch)
+        rate = schedules.learning_rate(self.step, self.total_steps, warmup_steps, self.peak_learning_rate)
+        for group in self._torch_optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _clip_gradient(self) -> Tensor:
+        """The norm of the whole gradient before clipping, a scalar; equal on all ranks, as DDP has averaged."""
+        self.accelerator.unscale_gradients()
+        parameters = [p for p in self.method.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.optim.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm)
+        return norm
+
+    def _agree(self, values: dict[str, Tensor], grad_norm: Tensor) -> dict[str, float]:
+        """Means of `values` over ranks; what one rank knows (a bad number, a signal to stop), all know after this."""
+        names = list(values)
+        ranks, me = distributed.world_size(), distributed.rank()
+        message = torch.zeros(len(names) + 1 + ranks, device=self.device)
+        message[: len(names)] = torch.stack([values[name].detach().float() for name in names]) / ranks
+        message[len(names)] = float(self._interrupted)
+        message[len(names) + 1 + me] = (~torch.isfinite(values["loss"].detach())).float()
+        # One transfer to the host for everything the step reports.
+        *numbers, norm = torch.cat([distributed.all_reduce_sum(message), grad_norm.float()[None]]).tolist()
+        self.stopping = numbers[len(names)] > 0
+        bad_ranks = [rank for rank in range(ranks) if numbers[len(names) + 1 + rank] > 0]
+        if bad_ranks:
+            raise NonFiniteError(self._diverged(f"the loss is not finite on rank(s) {bad_ranks}"))
+        scaler = self.accelerator.scaler
+        # Under fp16 an overflow is routine as long as the scaler can still go lower: it skips the update by itself.
+        if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < SMALLEST_LOSS_SCALE):
+            raise NonFiniteError(self._diverged("the gradient is not finite"))
+        return {**dict(zip(names, numbers, strict=False)), "grad_norm": norm}
+
+    def _diverged(self, what: str) -> str:
+        steps = self.store.steps()
+        last = f"the last good checkpoint is {self.store.path(steps[-1])}" if steps else "there is no checkpoint yet"
+        return (
+            f"step {self.step + 1}: {what}; nothing was updated; {last}; "
+            "lower --optim.learning-rate, clip with --optim.clip-norm or use --launch.precision fp32"
+        )
+
+    @contextmanager
+    def signals_stop(self) -> Iterator[None]:
+        """Within the context SIGINT, SIGTERM and SIGUSR1 end the run after the current update; a second one at once."""
+
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            self._interrupted = True
+            for handled, handler in previous.items():
+                signal.signal(handled, handler)
+
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        for number in previous:
+            signal.signal(number, on_signal)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def save(self, extra: dict[str, Any]) -> None:
+        """Commit a checkpoint with `extra` (JSON values) beside the state; all ranks call it, rank 0 writes.
+
+        Raises `UserError` on all ranks when it can't be written; the older checkpoints are untouched then.
+        """
+
+        def write() -> None:
+            optimizer, optimizer_rest = optimizer_tensors(self._torch_optimizer)
+            scaler = self.accelerator.scaler
+            state = {
+                "step": self.step,
+                "cursor": self.step * self.config.batch.size,
+                "config": to_dict(self.config),
+                "dataset_sha256": self._dataset_sha256,
+                "precision": precision_of(self.accelerator),
+                "ranks": distributed.world_size(),
+                "optimizer": optimizer_rest,
+                "scaler": scaler.state_dict() if scaler else None,
+                "extra": extra,
+            }
+            try:
+                self.store.save(self.step, {"model": self.method.state_dict(), "optimizer": optimizer}, state)
+            except OSError as error:
+                kept = self.store.steps()
+                last = f"goes on from step {kept[-1]}" if kept else "starts over"
+                raise UserError(
+                    f"the checkpoint of step {self.step} can't be written to {self.store.root} ({error.strerror}); "
+                    f"make room and start the same command again: it {last}"
+                ) from error
+
+        distributed.together(lambda: write() if distributed.is_main() else None)
+
+    def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Take over a checkpoint's state; returns its `extra`. All ranks call it with the same checkpoint."""
+        state = checkpoint.state
+        require(
+            state["dataset_sha256"] == self._dataset_sha256,
+            f"{checkpoint.path} was trained on another dataset than {self.config.data.path}; give the same file",
+        )
+        precision = precision_of(self.accelerator)
+        require(
+            state["precision"] == precision,
+            f"the run was started in {state['precision']}, not {precision}; pass --launch.precision {state['precision']}",
+        )
+        load_module(self.method, checkpoint.tensors["model"])
+        load_optimizer(self._torch_optimizer, checkpoint.tensors["optimizer"], state["optimizer"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        extra: dict[str, Any] = state["extra"]
+        return extra
