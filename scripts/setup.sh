@@ -108,10 +108,10 @@ main() {
     if [[ -e $unfinished || $(describe_python "$venv/bin/python") != "$python" ]] ||
         ! grep -qsF "$PWD/$venv" "$venv/bin/activate" || ! "$venv/bin/python" -m pip --version &>/dev/null; then
         echo "creating $venv with $base"
-        rm -f "$stamp"
         mkdir -p "$venv"
+        find "$venv/" -mindepth 1 -delete # not venv --clear, which would take the mark away, nor a link to another disk
         touch "$unfinished"
-        "$base" -m venv --clear "$venv" || die "$base could not create $venv; its own message is above"
+        "$base" -m venv "$venv" || die "$base could not create $venv; its own message is above"
     fi
     touch "$unfinished"
     rm -f "$stamp"
