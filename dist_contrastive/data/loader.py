@@ -1,0 +1,519 @@
+"""The loader: reads samples of a `.beton` file, decodes each once and cuts V views from it, on threads of the CPU.
+
+FFCV's file format and its libjpeg-turbo decoder are used (through `beton`); the threads are our own, because FFCV's
+consumer waits for ever once its thread fails, its batches are overwritten later, and it compiles anew in every process.
+
+Threads. An epoch owns a few daemon threads. Each takes slices of batches from one queue and fills them with a compiled
+kernel that holds no lock. `batches_ahead` batches are under way; the consumer waits for the oldest, at most
+`DataConfig.timeout_s` seconds. An error in a thread reaches the consumer as itself, and an epoch's threads end with it.
+
+Memory. A batch owns its tensors: B × V × S × S × 3 bytes, `batches_ahead` + 1 times. Beside them each thread keeps one
+scratch buffer of the size of the largest JPEG, decoded, so scratch is threads × largest image, not batch × largest.
+
+Randomness. The order of an epoch is `rng.permutation`; a crop is a pure function of (seed, epoch, sample index, view).
+So neither threads, ranks nor restarts change what a sample looks like at an epoch.
+"""
+
+import math
+import os
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Thread
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numba
+import numpy as np
+import torch
+
+from dist_contrastive import rng
+from dist_contrastive.batch import Batch
+from dist_contrastive.config import AugmentConfig, DataConfig, require
+from dist_contrastive.data.beton import TRAIN, TURBOJPEG_DECODE, Dataset
+
+CROP_TRIES = 10  # as torchvision's RandomResizedCrop
+CROP = int(rng.Stream.CROP)
+_decode_jpeg: Any = TURBOJPEG_DECODE  # called in compiled code alone
+# How long close() waits for threads to end their slices; one stuck in a read ends by itself when the read returns.
+JOIN_TIMEOUT_S = 5.0
+
+
+def _cached(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled at its first call; the code is kept on disk for other processes.
+
+    Each function compiled so is called with one signature alone: two processes that compile it at once then write the
+    same code, whichever comes last. The cache does not notice changes in the functions of other files.
+    """
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no folder that numba could write to: compile in every process
+        return numba.njit(nogil=True)(function)
+
+
+class Scratch(NamedTuple):
+    """What one thread needs to decode and resize: S pixels a side, at most K taps an output pixel, images W wide."""
+
+    pixels: np.ndarray  # uint8 [bytes of the largest decoded JPEG]
+    first_row: np.ndarray  # int64 [S]: first source row of each output row
+    row_weights: np.ndarray  # float32 [S, K]
+    first_column: np.ndarray  # int64 [S]
+    column_weights: np.ndarray  # float32 [S, K]
+    element_first: np.ndarray  # uint32 [3S]: first source element of each output element of a row (pixel × channel)
+    element_weights: np.ndarray  # float32 [K, 3S]
+    row: np.ndarray  # float32 [3 (W + K)]: one output row before its horizontal pass
+    sums: np.ndarray  # float32 [3S]
+
+
+def _make_scratch(dataset: Dataset, size: int) -> Scratch:
+    jpegs = dataset.is_jpeg != 0
+    areas = dataset.heights[jpegs].astype(np.int64) * dataset.widths[jpegs]
+    widest = int(dataset.widths.max())
+    taps = 2 * math.ceil(max(widest, int(dataset.heights.max())) / size) + 2
+    return Scratch(
+        pixels=np.zeros(3 * int(areas.max(initial=0)), np.uint8),
+        first_row=np.zeros(size, np.int64),
+        row_weights=np.zeros((size, taps), np.float32),
+        first_column=np.zeros(size, np.int64),
+        column_weights=np.zeros((size, taps), np.float32),
+        element_first=np.zeros(3 * size, np.uint32),
+        element_weights=np.zeros((taps, 3 * size), np.float32),
+        row=np.zeros(3 * (widest + taps), np.float32),
+        sums=np.zeros(3 * size, np.float32),
+    )
+
+
+@numba.njit(nogil=True)
+def _triangle_weights(length, size, first, weights):
+    """Taps that resize `length` pixels to `size`: output i is the sum over k of weights[i, k] · pixel[first[i] + k].
+
+    Pillow's and torchvision's antialiased bilinear filter: a triangle whose support grows with the reduction. Returns
+    the largest number of taps; `weights` is 0 beyond an output's own.
+    """
+    scale = length / size
+    support = max(scale, 1.0)
+    inverse = np.float32(1.0 / support)
+    most = 0
+    for i in range(size):
+        center = scale * (i + 0.5)
+        low = max(int(center - support + 0.5), 0)
+        num = min(int(center + support + 0.5), length) - low
+        offset = np.float32(low - center + 0.5)
+        taps = weights[i]
+        total = np.float32(0.0)
+        for k in range(num):
+            weight = max(np.float32(0.0), np.float32(1.0) - abs((np.float32(k) + offset) * inverse))
+            taps[k] = weight
+            total += weight
+        for k in range(num):
+            taps[k] /= total
+        for k in range(num, len(taps)):
+            taps[k] = np.float32(0.0)
+        first[i] = low
+        most = max(most, num)
+    return most
+
+
+@numba.njit(nogil=True)
+def _resize_crop(image, image_width, top, left, height, width, out, s):
+    """Resize the crop of `image` uint8 [image height · image width · 3] into `out` uint8 [S, S, 3], with scratch `s`.
+
+    Rows first: a weighted sum of whole source rows runs over contiguous memory. The columns follow row by row, as a
+    gather with the weights repeated for the three channels. Nothing depends on other crops, and no sum is reordered.
+    """
+    size = out.shape[0]
+    row_taps = _triangle_weights(height, size, s.first_row, s.row_weights)
+    column_taps = max(2, _triangle_weights(width, size, s.first_column, s.column_weights))
+    for x in range(size):
+        for channel in range(3):
+            s.element_first[3 * x + channel] = 3 * s.first_column[x] + channel
+    for k in range(column_taps):
+        repeated = s.element_weights[k]
+        for x in range(size):
+            weight = s.column_weights[x, k]
+            repeated[3 * x] = weight
+            repeated[3 * x + 1] = weight
+            repeated[3 * x + 2] = weight
+    # The first two taps, all there are when a crop is enlarged, are taken together: fewer passes over the row.
+    elements = 3 * width
+    stride = 3 * image_width
+    row, shifted_row, sums, element_first = s.row, s.row[3:], s.sums, s.element_first
+    weights_0, weights_1 = s.element_weights[0], s.element_weights[1]
+    for y in range(size):
+        start = (top + s.first_row[y]) * stride + 3 * left
+        source = image[start : start + elements]
+        weight_0, weight_1 = s.row_weights[y, 0], s.row_weights[y, 1]
+        if weight_1 == 0:
+            for x in range(elements):
+                row[x] = weight_0 * np.float32(source[x])
+        else:
+            below = image[start + stride : start + stride + elements]
+            for x in range(elements):
+                row[x] = weight_0 * np.float32(source[x]) + weight_1 * np.float32(below[x])
+        for k in range(2, row_taps):
+            weight = s.row_weights[y, k]
+            if weight == 0:
+                break
+            source = image[start + k * stride : start + k * stride + elements]
+            for x in range(elements):
+                row[x] += weight * np.float32(source[x])
+        target = out[y].reshape(3 * size)
+        for e in range(3 * size):
+            i = element_first[e]
+            sums[e] = np.float32(0.5) + weights_0[e] * row[i] + weights_1[e] * shifted_row[i]
+        for k in range(2, column_taps):
+            weights_k, row_k = s.element_weights[k], row[3 * k :]
+            for e in range(3 * size):
+                sums[e] += weights_k[e] * row_k[element_first[e]]
+        for e in range(3 * size):
+            target[e] = np.uint8(np.int32(sums[e]))  # rounds: the half is in the sum
+
+
+@_cached
+def _crop_samples(file_bytes, pointers, sizes, is_jpeg, heights, widths, samples, boxes, out, start, s):
+    """Decode `samples` int64 [b] and resize their `boxes` int64 [V, b, 4] into out[:, start : start + b].
+
+    Returns the position in `samples` of the first that can't be decoded, or -1.
+    """
+    for position in range(len(samples)):
+        sample = samples[position]
+        height, width = int(heights[sample]), int(widths[sample])
+        stored = file_bytes[pointers[sample] : pointers[sample] + sizes[sample]]
+        if is_jpeg[sample] != 0:
+            failed = _decode_jpeg(
+                stored.ctypes.data, sizes[sample], height, width, s.pixels.ctypes.data, height, width, 0, 0, 1, 1, 0, 0
+            )
+            if failed != 0:
+                return position
+            for view in range(len(boxes)):
+                top, left, box_height, box_width = boxes[view, position]
+                _resize_crop(s.pixels, width, top, left, box_height, box_width, out[view, start + position], s)
+        else:
+            for view in range(len(boxes)):
+                top, left, box_height, box_width = boxes[view, position]
+                _resize_crop(stored, width, top, left, box_height, box_width, out[view, start + position], s)
+    return -1
+
+
+@_cached
+def _draw_boxes(seed, epoch, samples, heights, widths, scale, ratio, boxes):
+    """Fill `boxes` int64 [V, b, 4]: torchvision's RandomResizedCrop.get_params, four random numbers a try."""
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for view in range(len(boxes)):
+        for position in range(len(samples)):
+            sample = samples[position]
+            height, width = int(heights[sample]), int(widths[sample])
+            key = rng.sample_key_jit(seed, epoch, sample, view)
+            box = boxes[view, position]
+            found = False
+            for attempt in range(CROP_TRIES):
+                number = CROP + 4 * attempt
+                share = scale[0] + (scale[1] - scale[0]) * rng.unit_jit(rng.fold_jit(key, number))
+                aspect = math.exp(log_low + (log_high - log_low) * rng.unit_jit(rng.fold_jit(key, number + 1)))
+                w = round(math.sqrt(height * width * share * aspect))
+                h = round(math.sqrt(height * width * share / aspect))
+                if 0 < w <= width and 0 < h <= height:
+                    box[0] = int(rng.unit_jit(rng.fold_jit(key, number + 2)) * (height - h + 1))
+                    box[1] = int(rng.unit_jit(rng.fold_jit(key, number + 3)) * (width - w + 1))
+                    box[2], box[3] = h, w
+                    found = True
+                    break
+            if not found:  # the largest centred crop within the ratios
+                h, w = height, width
+                if width < ratio[0] * height:
+                    h = max(1, round(width / ratio[0]))
+                elif width > ratio[1] * height:
+                    w = max(1, round(height * ratio[1]))
+                box[0], box[1], box[2], box[3] = (height - h) // 2, (width - w) // 2, h, w
+
+
+def random_boxes(dataset: Dataset, augment: AugmentConfig, *, seed: int, epoch: int, samples: np.ndarray) -> np.ndarray:
+    """The random crops of `samples` int64 [b] at `epoch`: top, left, height, width in pixels, int64 [V, b, 4].
+
+    Area and aspect ratio as torchvision's RandomResizedCrop draws them (Szegedy et al. 2015): up to ten tries, then
+    the largest centred crop within the ratios.
+    """
+    boxes = np.empty((augment.num_views, len(samples), 4), np.int64)
+    scale = np.array(augment.crop_scale, np.float64)
+    ratio = np.array(augment.crop_ratio, np.float64)
+    _draw_boxes(seed, epoch, samples, dataset.heights, dataset.widths, scale, ratio, boxes)
+    return boxes
+
+
+def center_boxes(dataset: Dataset, fraction: float, samples: np.ndarray) -> np.ndarray:
+    """The centred square whose side is `fraction` of the shorter side: top, left, height, width, int64 [1, b, 4]."""
+    heights, widths = dataset.heights[samples].astype(np.int64), dataset.widths[samples].astype(np.int64)
+    sides = np.maximum(1, np.rint(fraction * np.minimum(heights, widths))).astype(np.int64)
+    return np.stack([(heights - sides) // 2, (widths - sides) // 2, sides, sides], axis=-1)[None]
+
+
+@dataclass
+class _Slice:
+    """Some consecutive samples of one batch, for one thread."""
+
+    samples: np.ndarray  # int64 [b]
+    out: np.ndarray  # uint8 [V, B, S, S, 3], of the whole batch
+    start: int  # position of the first sample in the batch
+    done: Future[None] = field(default_factory=Future)
+
+
+@dataclass(frozen=True)
+class _Filler:
+    """How a slice is filled; shared by the threads, so that they hold no reference to the epoch."""
+
+    dataset: Dataset
+    size: int
+    boxes: Callable[[np.ndarray], np.ndarray]
+
+    def fill(self, part: _Slice, scratch: Scratch) -> None:
+        d = self.dataset
+        failed = _crop_samples(
+            d.file_bytes, d.pointers, d.sizes, d.is_jpeg, d.heights, d.widths,
+            part.samples, self.boxes(part.samples), part.out, part.start, scratch,
+        )  # fmt: skip
+        if failed >= 0:
+            raise RuntimeError(f"sample {part.samples[failed]} of {d.path} is not a readable JPEG: pack the file again")
+
+
+def _work(slices: SimpleQueue[_Slice | None], filler: _Filler) -> None:
+    """A thread's whole life: fill slices until None comes."""
+    scratch = None
+    while (part := slices.get()) is not None:
+        if not part.done.set_running_or_notify_cancel():
+            continue
+        try:
+            scratch = scratch or _make_scratch(filler.dataset, filler.size)
+            filler.fill(part, scratch)
+        except BaseException as error:  # whatever it is, it is the consumer who must see it
+            part.done.set_exception(error)
+        else:
+            part.done.set_result(None)
+        del part  # its batch must not live on while this thread waits for the next slice
+
+
+def _stop(
+    slices: SimpleQueue[_Slice | None], threads: list[Thread], pending: deque[tuple[Batch, list[_Slice]]]
+) -> None:
+    """Cancel what has not begun, and end and join the threads."""
+    while pending:
+        for part in pending.popleft()[1]:
+            part.done.cancel()
+    for _ in threads:
+        slices.put(None)
+    deadline = time.monotonic() + JOIN_TIMEOUT_S
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
+class Epoch(Iterator[Batch]):
+    """One pass over some samples, as batches in a fixed order; `views` are uint8 [V, B, S, S, 3].
+
+    Use it in a `with` block or to its end: both join its threads, as does `close()`, an error, or dropping the last
+    reference. `len()` is the number of batches still to come.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        data: DataConfig,
+        batches: Callable[[int], np.ndarray],
+        boxes: Callable[[np.ndarray], np.ndarray],
+        *,
+        epoch: int,
+        num_views: int,
+        first_batch: int,
+        num_batches: int,
+        threads: int,
+        pin_memory: bool,
+    ) -> None:
+        """`batches(k)` gives the sample indices int64 [B] of batch k, `boxes` their crops int64 [V, b, 4]."""
+        assert 0 <= first_batch <= num_batches, "an epoch starts at one of its batches"
+        assert threads >= 1, "an epoch needs a thread"
+        self.wait_ms = 0.0
+        """How long the last `next()` waited for its batch, in milliseconds."""
+        self._data = data
+        self._path = dataset.path
+        self._batches = batches
+        self._shape = (num_views, data.image_size)
+        self._labels = dataset.labels
+        self._epoch = epoch
+        self._submitted, self._returned, self._num_batches = first_batch, first_batch, num_batches
+        self._pin_memory = pin_memory
+        self._pending: deque[tuple[Batch, list[_Slice]]] = deque()
+        self._slices: SimpleQueue[_Slice | None] = SimpleQueue()
+        filler = _Filler(dataset, data.image_size, boxes)
+        self._threads = [
+            Thread(target=_work, args=(self._slices, filler), name=f"loader-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        started: list[Thread] = []
+        self._finalizer = weakref.finalize(self, _stop, self._slices, started, self._pending)
+        for thread in self._threads:
+            thread.start()
+            started.append(thread)
+        self._submit()
+
+    def __len__(self) -> int:
+        return self._num_batches - self._returned
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End and join the threads; a second call does nothing. The epoch gives no batch afterwards."""
+        self._returned = self._submitted = self._num_batches
+        self._finalizer()
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Errors: whatever a thread raised, as itself; TimeoutError when no batch came within `timeout_s`.
+        """
+        if not self._pending:
+            self.close()
+            raise StopIteration
+        batch, parts = self._pending.popleft()
+        self._submit()
+        begin = time.perf_counter()
+        try:
+            finished, unfinished = wait(
+                [part.done for part in parts], timeout=self._data.timeout_s, return_when=FIRST_EXCEPTION
+            )
+            for done in finished:
+                done.result()
+            if unfinished:
+                raise TimeoutError(
+                    f"no batch within {self._data.timeout_s:g} s (--data.timeout-s): the threads that read "
+                    f"{self._path} are stuck; is its file system still there?"
+                )
+        except BaseException:
+            for part in parts:
+                part.done.cancel()
+            self.close()
+            raise
+        self.wait_ms = (time.perf_counter() - begin) * 1e3
+        self._returned += 1
+        if not self._pending:
+            self.close()
+        return batch
+
+    def _submit(self) -> None:
+        """Put batches under way until `batches_ahead` of them are."""
+        while len(self._pending) < self._data.batches_ahead and self._submitted < self._num_batches:
+            samples = np.ascontiguousarray(self._batches(self._submitted), dtype=np.int64)
+            num_views, size = self._shape
+            views = torch.empty(
+                (num_views, len(samples), size, size, 3), dtype=torch.uint8, pin_memory=self._pin_memory
+            )
+            labels, indices = torch.from_numpy(self._labels[samples].astype(np.int64)), torch.from_numpy(samples)
+            if self._pin_memory:
+                labels, indices = labels.pin_memory(), indices.pin_memory()
+            # Two slices a thread: the threads end a batch nearly together even where its images differ in size.
+            num_parts = min(len(samples), 2 * len(self._threads))
+            out = views.numpy()
+            parts = []
+            for start, share in _shares(samples, num_parts):
+                parts.append(_Slice(share, out, start))
+                self._slices.put(parts[-1])
+            self._pending.append((Batch(views, labels, indices, self._epoch), parts))
+            self._submitted += 1
+
+
+def _shares(samples: np.ndarray, num_parts: int) -> Iterator[tuple[int, np.ndarray]]:
+    """`samples` in `num_parts` nearly equal runs, each with the position of its first."""
+    start = 0
+    for share in np.array_split(samples, num_parts):
+        yield start, share
+        start += len(share)
+
+
+def fair_threads(configured: int, local_ranks: int) -> int:
+    """Loader threads of one rank: `configured`, or where that is 0 an equal share of the usable cores, at least 1."""
+    return configured or max(1, len(os.sched_getaffinity(0)) // local_ranks)
+
+
+def steps_per_epoch(num_samples: int, global_batch: int) -> int:
+    """Whole global batches in an epoch of `num_samples`; the incomplete last one is dropped.
+
+    Errors: UserError where there is not one.
+    """
+    require(
+        global_batch <= num_samples,
+        f"--batch.global {global_batch} is more than the {num_samples} training samples: give at most {num_samples}",
+    )
+    return num_samples // global_batch
+
+
+def train_epoch(
+    dataset: Dataset,
+    data: DataConfig,
+    augment: AugmentConfig,
+    *,
+    seed: int,
+    epoch: int,
+    global_batch: int,
+    rank: int,
+    num_ranks: int,
+    threads: int,
+    start_step: int = 0,
+    pin_memory: bool = False,
+) -> Epoch:
+    """This rank's share of an epoch over the training split: V random crops of each sample, from step `start_step` on.
+
+    The epoch's order is one permutation of the training samples for all ranks; step s takes its slice of
+    `global_batch`, rank r the r-th of `num_ranks` equal runs within it.
+
+    Errors: UserError where the global batch can't be shared or filled; see `Epoch` for those of its batches.
+    """
+    require(
+        global_batch % num_ranks == 0,
+        f"--batch.global {global_batch} can't be shared equally by {num_ranks} ranks: give a multiple of {num_ranks}",
+    )
+    train = dataset.indices(TRAIN)
+    num_steps = steps_per_epoch(len(train), global_batch)
+    order = train[rng.permutation(seed, epoch, len(train))]
+    rank_batch = global_batch // num_ranks
+
+    def batches(step: int) -> np.ndarray:
+        start = step * global_batch + rank * rank_batch
+        return order[start : start + rank_batch]
+
+    def boxes(samples: np.ndarray) -> np.ndarray:
+        return random_boxes(dataset, augment, seed=seed, epoch=epoch, samples=samples)
+
+    return Epoch(
+        dataset, data, batches, boxes, epoch=epoch, num_views=augment.num_views, first_batch=start_step,
+        num_batches=num_steps, threads=threads, pin_memory=pin_memory,
+    )  # fmt: skip
+
+
+def eval_pass(
+    dataset: Dataset, data: DataConfig, indices: np.ndarray, *, batch_size: int, threads: int, pin_memory: bool = False
+) -> Epoch:
+    """One un-augmented pass over the samples `indices` int64 [n] in their order; the last batch may be smaller.
+
+    The one view is the centred square of `eval_crop` of the shorter side, resized; an image that needs no resize is
+    copied exactly.
+    """
+    require(batch_size >= 1, f"batch size {batch_size}: give at least 1")
+    indices = np.asarray(indices, dtype=np.int64)
+
+    def batches(number: int) -> np.ndarray:
+        return indices[number * batch_size : (number + 1) * batch_size]
+
+    def boxes(samples: np.ndarray) -> np.ndarray:
+        return center_boxes(dataset, data.eval_crop, samples)
+
+    return Epoch(
+        dataset, data, batches, boxes, epoch=0, num_views=1, first_batch=0,
+        num_batches=math.ceil(len(indices) / batch_size), threads=threads, pin_memory=pin_memory,
+    )  # fmt: skip
