@@ -52,14 +52,16 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The steps that have a committed checkpoint, oldest first; none of them verified."""
-        return sorted(int(path.name.removeprefix("step-")) for path in self.root.glob("step-*") if path.is_dir())
+        numbers = (path.name.removeprefix("step-") for path in self.root.glob("step-*") if path.is_dir())
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def path(self, step: int) -> Path:
         return self.root / f"step-{step:08d}"
 
     def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint and then let the oldest go; returns its folder.
+        """Write a checkpoint and then let the oldest go, and any of a later step; returns its folder.
 
+        A later one is what the run could not resume from: it did not verify, and must not count among those kept.
         Raises OSError when it cannot be written (a full disk, say); what was there before is untouched.
         """
         self.root.mkdir(parents=True, exist_ok=True)
@@ -89,12 +91,17 @@ class CheckpointStore:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        replaced = self.root / f"{TEMPORARY}replaced-{final.name}"
         if final.exists():  # a checkpoint that did not verify, written again after resuming from an older one
-            shutil.rmtree(final)
+            final.rename(replaced)
         temporary.rename(final)
         sync_folder(self.root)
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old))
+        shutil.rmtree(replaced, ignore_errors=True)
+        steps = self.steps()
+        kept = [known for known in steps if known <= step][-self.keep :]
+        for known in steps:
+            if known not in kept:
+                shutil.rmtree(self.path(known))
         return final
 
     def load(self, step: int) -> Checkpoint:
@@ -104,20 +111,28 @@ class CheckpointStore:
             raise UserError(f"{self.root} has no checkpoint of step {step}; it has {self.steps() or 'none'}")
         try:
             manifest = json.loads((path / MANIFEST).read_bytes())
-            contents = {name: (path / name).read_bytes() for name in manifest["sha256"]}
+            sums = dict(manifest["sha256"])
+            contents = {name: (path / name).read_bytes() for name in {STATE, *sums}}
             format_found, step_found = manifest["format"], manifest["step"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is incomplete ({error}); delete it to use an older checkpoint") from error
         if format_found != FORMAT:
-            raise UserError(f"{path} has format {format_found}, this version reads {FORMAT}; use the version that wrote it")
+            raise UserError(
+                f"{path} has format {format_found}, this version reads {FORMAT}; use the version that wrote it"
+            )
+        if step_found != step:
+            raise UserError(f"{path} says that it is of step {step_found}; delete it to use an older checkpoint")
         for name, data in contents.items():
-            if hashlib.sha256(data).hexdigest() != manifest["sha256"][name] or step_found != step:
+            if hashlib.sha256(data).hexdigest() != sums.get(name):
                 raise UserError(f"{path / name} was altered (its SHA-256 differs); delete {path} to use an older one")
-        tensors = {
-            name.removesuffix(".safetensors"): safetensors.torch.load(data)
-            for name, data in contents.items()
-            if name.endswith(".safetensors")
-        }
+        try:
+            tensors = {
+                name.removesuffix(".safetensors"): safetensors.torch.load(data)
+                for name, data in contents.items()
+                if name.endswith(".safetensors")
+            }
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path} holds no safetensors ({error}); delete it to use an older checkpoint") from error
         return Checkpoint(step=step, path=path, tensors=tensors, state=json.loads(contents[STATE]))
 
     def newest(self) -> Checkpoint | None:
@@ -162,10 +177,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, rest: lis
         for name, value in tensors.items():
             if not name.startswith(prefix):
                 continue
-            if value.shape == parameter.shape:
+            key = name.removeprefix(prefix)
+            # AdamW keeps its step counter on the CPU, even where a parameter is a scalar as well.
+            if value.shape == parameter.shape and key != "step":
                 value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-            # AdamW keeps its step counter on the CPU; what has no parameter's shape stays where it was saved from.
-            restored[name.removeprefix(prefix)] = value
+            restored[key] = value
         if restored:
             optimizer.state[parameter] = restored
 

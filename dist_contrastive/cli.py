@@ -14,7 +14,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import tyro
 
@@ -33,7 +33,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {matches[0]}?)" if matches else ""
 
 
-def parse(cls_or_default: type[T] | T, argv: Sequence[str] | None = None, prog: str | None = None) -> T:
+@overload
+def parse(cls_or_default: type[T], argv: Sequence[str] | None = None, prog: str | None = None) -> T: ...
+@overload
+def parse(cls_or_default: T, argv: Sequence[str] | None = None, prog: str | None = None) -> T: ...
+def parse(cls_or_default: Any, argv: Sequence[str] | None = None, prog: str | None = None) -> Any:
     """Build a dataclass from the command line.
 
     `cls_or_default` is a dataclass, or an instance whose values are the defaults; with an instance, a field that holds
@@ -50,7 +54,7 @@ def parse(cls_or_default: type[T] | T, argv: Sequence[str] | None = None, prog: 
         cls, options = type(cls_or_default), {"default": cls_or_default}
 
     def run(arguments: list[str]) -> Any:
-        return tyro.cli(cls, args=arguments, prog=prog, return_unknown_args=True, **options)  # type: ignore[call-overload]
+        return tyro.cli(cls, args=arguments, prog=prog, return_unknown_args=True, **options)
 
     errors = io.StringIO()
     try:
@@ -66,7 +70,10 @@ def parse(cls_or_default: type[T] | T, argv: Sequence[str] | None = None, prog: 
         if not name.startswith("-"):
             raise UserError(f"unexpected argument {name!r}; {_help_hint(prog)}")
         flag = name.partition("=")[0]
-        raise UserError(f"unknown option {flag}{nearest(flag, _known_flags(run))}; {_help_hint(prog)}")
+        known = _known_flags(run)
+        # The section is mostly right: --batch.size means --batch.global, not --data.image-size.
+        section = [option for option in known if option.startswith(flag.rpartition(".")[0] + ".")]
+        raise UserError(f"unknown option {flag}{nearest(flag, section) or nearest(flag, known)}; {_help_hint(prog)}")
     return config
 
 
@@ -107,10 +114,13 @@ def _one_line(stop: SystemExit, box: str, prog: str | None) -> str:
             return str(cause)
         cause = cause.__context__
     rows = [row.strip("│ ") for row in box.splitlines() if not row.startswith(("╭", "╰"))]
-    body: list[str] = []
-    for row in rows:
-        if set(row) <= {"─"}:  # a rule ends what is wrong and starts the help that follows it
-            break
-        body.append(row)
-    message = " ".join(body).rstrip(".")
+    paragraphs: list[list[str]] = [[]]
+    for row in rows:  # a rule ends what is wrong and starts the help that follows it
+        if row and set(row) <= {"─", "-"}:
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(row)
+    # Where the terminal's characters allow no frame, the frame's title is a paragraph of its own.
+    framed = "╭" in box or len(paragraphs) == 1
+    message = " ".join(paragraphs[0 if framed else 1]).strip().rstrip(".")
     return f"{message or 'wrong command line'}; {_help_hint(prog)}"

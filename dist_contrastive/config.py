@@ -123,8 +123,8 @@ class ProjectorConfig:
     """Size of the embedding."""
 
     def __post_init__(self) -> None:
-        require(self.hidden_size >= 0, f"projector.hidden-size {self.hidden_size}: give 0 (feature size) or more")
-        require(self.output_size >= 1, f"projector.output-size {self.output_size}: give at least 1")
+        require(self.hidden_size >= 0, f"--method.projector.hidden-size {self.hidden_size}: give 0 or more")
+        require(self.output_size >= 1, f"--method.projector.output-size {self.output_size}: give at least 1")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_contrastive.config import UserError
 
@@ -49,6 +49,12 @@ def barrier() -> None:
         dist.barrier()
 
 
+def shut_down() -> None:
+    """Leave the process group, if there is one."""
+    if is_distributed():
+        dist.destroy_process_group()
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's `value` on every rank. The value is pickled: only for what the ranks of one run tell each other."""
     if world_size() == 1:
@@ -56,6 +62,13 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Rank 0's buffers of `module` on every rank, in place."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def together(call: Callable[[], T]) -> T:

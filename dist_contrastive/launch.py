@@ -24,7 +24,7 @@ def connect(config: TrainConfig) -> Accelerator:
     wanted = config.launch
     use_cpu = wanted.device == "cpu" or (wanted.device == "auto" and not torch.cuda.is_available())
     require(wanted.device != "cuda" or torch.cuda.is_available(), "--launch.device cuda: torch sees no CUDA device here")
-    precision = wanted.precision
+    precision: str = wanted.precision
     if precision == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         require(launched in PRECISIONS, f"mixed precision {launched} of the launch is not supported; use no, bf16 or fp16")

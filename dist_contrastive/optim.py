@@ -15,11 +15,7 @@ def peak_learning_rate(config: OptimConfig, global_batch: int) -> float:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices and kernels with weight decay; biases and normalization parameters (one axis) without.
-
-    timm's LARS adapts a group's rate only where there is weight decay, so the second group is also the one that LARS
-    leaves alone, as SimCLR does (appendix B.6).
-    """
+    """Two groups: matrices and kernels with weight decay; biases and normalization parameters (one axis) without."""
     trained = [p for p in module.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -34,4 +30,7 @@ def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optim
         return torch.optim.AdamW(groups, lr=0.0, betas=(config.momentum, 0.999))
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
+    # SimCLR (appendix B.6) adapts the rate of matrices and kernels alone. timm's LARS would adapt wherever there is
+    # weight decay, and so nowhere without any.
+    groups[0]["always_adapt"] = True
     return Lars(groups, lr=0.0, momentum=config.momentum)

@@ -1,9 +1,12 @@
 """What a person sees of a run: a live line on rank 0, or a plain line an epoch where there is no terminal."""
 
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 
 class TrainingProgress:
@@ -34,7 +37,9 @@ class TrainingProgress:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def step(self, step: int, epoch: int, values: dict[str, float] | None) -> None:
@@ -54,3 +59,13 @@ class TrainingProgress:
         """Print a line above the live one."""
         if self._visible:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_scores(probe: Mapping[str, Any]) -> None:
+    """The scores of a probe.json beside their baselines, as a table."""
+    table = Table(title="test images classified right (top-1)", title_justify="left")
+    for heading in ("", "this run", "untrained encoder", "raw pixels"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for label, name in (("linear", "linear_top1"), ("kNN", "knn_top1")):
+        table.add_row(label, *(f"{probe[f'{prefix}{name}']:.3f}" for prefix in ("", "init_", "raw_")))
+    Console().print(table)

@@ -1,5 +1,6 @@
 """A run's folder: who may write to it, and whether it starts fresh or goes on."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -27,19 +28,24 @@ class RunFolder:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock: IO[str] = open(path / LOCK, "a+")  # noqa: SIM115 - held open: closing it gives the lock away
+            # Held open: closing it gives the lock away.
+            self._lock: IO[bytes] = open(path / LOCK, "ab+", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{path} can't be written ({error.strerror}); choose another --run-dir") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
+            holder = self._lock.read().decode(errors="replace").strip() or "another process"
             self._lock.close()
             raise UserError(f"{path} is in use by {holder}; wait for it or choose another --run-dir") from error
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
+        except OSError as error:
+            self._lock.close()
+            raise UserError(f"{path} can't be locked ({error.strerror}); choose another --run-dir") from error
+        # Who holds it is a courtesy that a full disk may deny.
+        with contextlib.suppress(OSError):
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def close(self) -> None:
         self._lock.close()
@@ -56,12 +62,15 @@ class RunFolder:
         config_path = self.path / "config.json"
         if config_path.exists():
             if config.resume == "never":
-                raise UserError(f"{self.path} holds an unfinished run; pass --resume auto, --overwrite or another --run-dir")
+                raise UserError(
+                    f"{self.path} holds an unfinished run; pass --resume auto, --overwrite or another --run-dir"
+                )
             try:
-                old = json.loads(config_path.read_bytes())
-            except ValueError as error:
-                raise UserError(f"{config_path} is no JSON ({error}); pass --overwrite or another --run-dir") from error
-            differing = differences(old, to_dict(config))
+                differing = differences(dict(json.loads(config_path.read_bytes())), to_dict(config))
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"{config_path} is no config ({error}); pass --overwrite or another --run-dir"
+                ) from error
             if differing:
                 raise UserError(
                     f"{self.path} was started with another config ({'; '.join(differing)}); "
@@ -79,7 +88,7 @@ class RunFolder:
         # DONE goes first: a folder that is half deleted must not look finished.
         for name in reversed(OWN_NAMES):
             target = self.path / name
-            if target.is_dir():
+            if target.is_dir() and not target.is_symlink():
                 shutil.rmtree(target)
             else:
                 target.unlink(missing_ok=True)
@@ -88,8 +97,14 @@ class RunFolder:
         self.write_json("config.json", to_dict(config))
 
     def write_json(self, name: str, value: Any) -> None:
-        write_atomic(self.path / name, json.dumps(value, indent=1).encode())
+        self._write(name, json.dumps(value, indent=1).encode())
 
     def finish(self) -> None:
         """Mark the run as complete: everything else is written by now."""
-        write_atomic(self.path / "DONE", b"")
+        self._write("DONE", b"")
+
+    def _write(self, name: str, data: bytes) -> None:
+        try:
+            write_atomic(self.path / name, data)
+        except OSError as error:
+            raise UserError(f"{self.path / name} can't be written ({error.strerror})") from error

@@ -36,5 +36,5 @@ class Method(nn.Module, ABC):
     def forward(self, batch: Batch) -> tuple[Losses, Report]:
         """Losses (the loop knows `losses["loss"]` alone) and a report of float32 scalars that are means over anchors."""
 
-    def after_step(self, progress: float) -> None:  # noqa: B027 - most methods have nothing that moves by itself
+    def after_step(self, progress: float) -> None:
         """Move teachers and queues after an optimizer update; `progress` runs from 0 to 1 over the run."""

@@ -57,7 +57,8 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
         body = _with_group_norm(body)
     elif config.norm == "sync":
         body = convert_sync_batchnorm(body)
-    encoder = Encoder(body, feature_size=body.num_features)
+    # Where a model has layers between pooling and classifier (MobileNetV3), they are part of it: its features are theirs.
+    encoder = Encoder(body, feature_size=getattr(body, "head_hidden_size", None) or int(body.num_features))  # type: ignore[arg-type]
     return encoder.to(memory_format=torch.channels_last)
 
 

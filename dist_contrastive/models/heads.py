@@ -1,5 +1,6 @@
 """Heads between the feature and the loss."""
 
+import itertools
 from typing import Literal
 
 from jaxtyping import Float, Int
@@ -24,7 +25,9 @@ class KeyedDropout(nn.Module):
         return features * kept / (1 - self.probability)
 
 
-def build_projector(config: ProjectorConfig, feature_size: int, norm: Literal["batch", "sync", "group"]) -> nn.Sequential:
+def build_projector(
+    config: ProjectorConfig, feature_size: int, norm: Literal["batch", "sync", "group"]
+) -> nn.Sequential:
     """g: feature [N, D] to embedding [N, E]: 2 or 3 linear layers with normalization and ReLU between them.
 
     As SimCLR's head (section 2.1 and the authors' code, `model_util.projection_head`): hidden layers without bias before
@@ -34,7 +37,7 @@ def build_projector(config: ProjectorConfig, feature_size: int, norm: Literal["b
     hidden_size = config.hidden_size or feature_size
     sizes = [feature_size, *[hidden_size] * (config.layers - 1)]
     modules: list[nn.Module] = []
-    for size_in, size_out in zip(sizes[:-1], sizes[1:], strict=True):
+    for size_in, size_out in itertools.pairwise(sizes):
         hidden_norm = {"batch": nn.BatchNorm1d, "sync": nn.SyncBatchNorm, "group": nn.LayerNorm}[norm](size_out)
         modules += [nn.Linear(size_in, size_out, bias=False), hidden_norm, nn.ReLU(inplace=True)]
     modules.append(nn.Linear(sizes[-1], config.output_size, bias=False))

@@ -4,7 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_contrastive.config import (
-    AugmentConfig, BatchConfig, CheckpointConfig, DataConfig, EncoderConfig, OptimConfig, ProbeConfig, ProjectorConfig,
+    AugmentConfig,
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    EncoderConfig,
+    OptimConfig,
+    ProbeConfig,
+    ProjectorConfig,
     TrainConfig,
 )  # fmt: skip
 from dist_contrastive.methods.simclr import SimCLRConfig

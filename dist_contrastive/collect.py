@@ -1,0 +1,87 @@
+"""Gathers what a run's report shows: features of test images, their spectra, the images, some augmented views."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_contrastive import distributed, rng
+from dist_contrastive.config import TrainConfig, to_dict
+from dist_contrastive.data.augment import Augment, to_displayable
+from dist_contrastive.data.beton import TEST, TRAIN, Dataset
+from dist_contrastive.data.loader import eval_pass, train_epoch
+from dist_contrastive.evaluation.features import extract
+from dist_contrastive.losses.statistics import covariance_spectrum
+from dist_contrastive.metrics import read_metrics
+from dist_contrastive.models.encoders import Encoder
+from dist_contrastive.report import RunReport
+
+MAX_SAMPLES = 5000  # enough for a spectrum and a map, little enough to hold the thumbnails of ImageNet's test images
+THUMBNAIL_SIDE = 64
+NUM_EXAMPLES = 8
+
+
+def collect_report(
+    config: TrainConfig,
+    dataset: Dataset,
+    *,
+    encoder: Encoder,
+    untrained: Encoder,
+    device: torch.device,
+    threads: int,
+    probe: Mapping[str, Any] | None,
+    machine: Mapping[str, Any],
+) -> RunReport | None:
+    """The report's inputs on rank 0, None elsewhere; all ranks call it, since all of them encode."""
+    split = TEST if dataset.manifest.num_test else TRAIN
+    indices = dataset.indices(split)
+    indices = np.sort(indices[rng.permutation(config.seed, 0, len(indices))[:MAX_SAMPLES]])
+
+    def features_of(module: Encoder) -> torch.Tensor:
+        return extract(
+            module, dataset, indices, data=config.data, augment=config.augment, device=device, threads=threads
+        )
+
+    features, untrained_features = features_of(encoder), features_of(untrained)
+    if not distributed.is_main():
+        return None
+    metrics = read_metrics(config.run_dir / "metrics.jsonl")
+    rates = [line["images_per_s"] for line in metrics if line.get("images_per_s")]
+    views, originals = example_views(config, dataset)
+    return RunReport(
+        run_dir=config.run_dir,
+        config=to_dict(config),
+        metrics=metrics,
+        probe=probe,
+        class_names=dataset.manifest.classes,
+        features=features.cpu().numpy(),
+        labels=dataset.labels[indices],
+        thumbnails=_images(config, dataset, indices, min(THUMBNAIL_SIDE, config.data.image_size)),
+        spectrum=covariance_spectrum(features).cpu().numpy(),
+        untrained_spectrum=covariance_spectrum(untrained_features).cpu().numpy(),
+        views=views,
+        originals=originals,
+        machine={**machine, **({"images_per_s": float(np.median(rates))} if rates else {})},
+    )
+
+
+def example_views(config: TrainConfig, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Views uint8 [n, V, S, S, 3] of the first samples of the first epoch as training sees them, and the originals
+    uint8 [n, S, S, 3]."""
+    num_examples = min(NUM_EXAMPLES, dataset.manifest.num_train)
+    with train_epoch(
+        dataset, config.data, config.augment,
+        seed=config.seed, epoch=0, global_batch=num_examples, rank=0, num_ranks=1, threads=1,
+    ) as batches:  # fmt: skip
+        batch = Augment(config.augment, config.seed)(next(batches), torch.device("cpu"))
+    views = to_displayable(batch.views, config.augment).transpose(0, 1)
+    return views.numpy(), _images(config, dataset, batch.indices.numpy(), config.data.image_size)
+
+
+def _images(config: TrainConfig, dataset: Dataset, indices: np.ndarray, side: int) -> np.ndarray:
+    """The images `indices` int64 [n] as evaluation sees them, uint8 [n, side, side, 3]."""
+    data = replace(config.data, image_size=side)
+    batches = eval_pass(dataset, data, indices, batch_size=256, threads=1)
+    return np.concatenate([batch.views[0].numpy() for batch in batches])

@@ -1,0 +1,304 @@
+"""Writing a source's images into a packed dataset: decode and check each, encode it, write the file whole or not at all.
+
+Every image is decoded in full with Pillow, turned upright (EXIF), and made 8-bit RGB; what can't be decoded is left out
+and listed. An image whose longest side is above `max_side` is reduced with antialiasing. Small ones are stored raw,
+where a JPEG would cost quality and save little; the others as a JPEG. So what the loader's decoder meets was
+written here, whatever the source held. The same source gives the same bytes at any number of workers.
+
+How colours become RGB: grey is repeated; CMYK is converted as Pillow does, without its colour profile; 16-bit grey is
+scaled to 8 bits (65535 becomes 255); transparency is laid over white. Of an animation the first frame is taken.
+"""
+
+import hashlib
+import io
+import os
+import secrets
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dist_contrastive.atomic import sync_folder, write_atomic
+from dist_contrastive.config import UserError, require
+from dist_contrastive.data.beton import (
+    PAGE_SIZE,
+    TEST,
+    TRAIN,
+    BetonWriter,
+    LeftOut,
+    Manifest,
+    manifest_path,
+    require_ffcv,
+)
+from dist_contrastive.data.sources import Sample, Source
+
+QUALITY = 90
+MAX_SIDE = 512
+MAX_BAD = 100
+LARGEST_SIDE = 65500
+"""Pixels: libjpeg's limit."""
+MAX_RAW_PIXELS = 64 * 64
+"""Images of at most this many pixels (12 KiB) are stored raw."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What is tried on a file. Pillow knows more; some (EPS) start other programs."""
+
+CHUNK = 16
+"""Images that a thread takes at once."""
+CHUNKS_AHEAD = 3
+"""How many chunks are under way for each thread."""
+NUM_SHOWN = 3
+"""Bad images that an error message names."""
+
+
+class BadImageError(Exception):
+    """An image that can't be packed; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An image as it is stored."""
+
+    data: bytes
+    is_jpeg: bool
+    height: int
+    width: int
+    histogram: np.ndarray
+    """int64 [3, 256]: pixels of each value, before JPEG compression."""
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """The image in a file: decoded in full, upright, 8-bit RGB.
+
+    Raises `BadImageError` where it can't be decoded or its pixels have no known range.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise BadImageError("empty file")
+        with Image.open(path, formats=FORMATS) as opened:
+            opened.load()
+            return to_rgb(ImageOps.exif_transpose(opened))
+    except BadImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImageError(f"not an image ({', '.join(FORMATS)})") from error
+    except Image.DecompressionBombError as error:
+        raise BadImageError(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from error
+    except Exception as error:  # on damaged bytes Pillow's decoders raise whatever their parsing ran into
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        raise BadImageError(f"unreadable: {' '.join(reason.split())}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """`image` as 8-bit RGB, as the head of this file says. Raises `BadImageError` where its range is unknown."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    # Pillow gives 16-bit grey as I;16, or as I where the format knows no wider integers.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadImageError("32-bit pixels have no fixed range; convert it to 8 or 16 bits")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def encode(image: Image.Image, *, quality: int, max_side: int) -> Encoded:
+    """`image` (RGB) as it is stored: reduced to `max_side`, raw up to `MAX_RAW_PIXELS`, else a JPEG."""
+    longest = max(image.size)
+    if longest > max_side:
+        width, height = (max(1, round(side * max_side / longest)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    is_jpeg = image.width * image.height > MAX_RAW_PIXELS
+    if is_jpeg:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        data = buffer.getvalue()
+        if len(data) > PAGE_SIZE:
+            raise BadImageError(f"its JPEG has {len(data)} bytes, at most {PAGE_SIZE} fit; lower --max-side")
+    else:
+        data = image.tobytes()
+    histogram = np.array(image.histogram(), np.int64).reshape(3, 256)
+    return Encoded(data, is_jpeg, image.height, image.width, histogram)
+
+
+def write_dataset(
+    source: Source,
+    out: Path,
+    *,
+    quality: int = QUALITY,
+    max_side: int = MAX_SIDE,
+    max_bad: int = MAX_BAD,
+    workers: int = 0,
+    on_sample: Callable[[], None] | None = None,
+) -> Manifest:
+    """Pack `source` into the file `out` with its manifest beside it; an older dataset there is replaced.
+
+    `quality` is the JPEG quality in percent, `max_side` the longest side of a stored image in pixels, `max_bad` how many
+    images may be left out, `workers` the number of threads that decode (0: one for each usable core); `on_sample` is
+    called after each image.
+
+    The file is written under another name in the same folder, synced to disk and renamed; an interruption removes it.
+    The old manifest goes before the rename and the new one comes after it, so that no manifest is ever beside a file
+    that it does not describe.
+
+    Raises `UserError` where more than `max_bad` images are bad, a class or the training split ends up empty, `out` can't
+    be written, or FFCV is missing.
+    """
+    require_ffcv()
+    workers = workers or len(os.sched_getaffinity(0))
+    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.incomplete")  # two runs at once do not meet
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            manifest = _write_file(
+                source, temporary, quality=quality, max_side=max_side, max_bad=max_bad, workers=workers,
+                on_sample=on_sample,
+            )  # fmt: skip
+            manifest_path(out).unlink(missing_ok=True)
+            sync_folder(out.parent)
+            temporary.rename(out)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(out.parent)
+        write_atomic(manifest_path(out), manifest.to_json().encode())
+    except OSError as error:
+        raise UserError(
+            f"{out} can't be written: {error.strerror or error}; give another place for it or make room there"
+        ) from error
+    return manifest
+
+
+def _write_file(
+    source: Source,
+    path: Path,
+    *,
+    quality: int,
+    max_side: int,
+    max_bad: int,
+    workers: int,
+    on_sample: Callable[[], None] | None,
+) -> Manifest:
+    """Write the `.beton` file itself to `path`, which must not exist, and wait until the disk has it."""
+    left_out: list[LeftOut] = []
+    histogram = np.zeros((2, 3, 256), np.int64)
+    per_class = np.zeros((2, len(source.classes)), np.int64)
+    widths, heights = set(), set()
+    num_jpeg = 0
+    with open(path, "x+b") as file:
+        writer = BetonWriter(file, len(source.samples))
+        for sample, encoded in _encode_all(source, quality=quality, max_side=max_side, workers=workers):
+            if isinstance(encoded, BadImageError):
+                left_out.append(LeftOut(sample.name, str(encoded)))
+                if len(left_out) > max_bad:
+                    raise UserError(_too_many(left_out, max_bad))
+            else:
+                writer.add(
+                    encoded.data, is_jpeg=encoded.is_jpeg, height=encoded.height, width=encoded.width,
+                    label=sample.label, split=sample.split,
+                )  # fmt: skip
+                histogram[sample.split] += encoded.histogram
+                per_class[sample.split, sample.label] += 1
+                widths.add(encoded.width)
+                heights.add(encoded.height)
+                num_jpeg += encoded.is_jpeg
+            if on_sample is not None:
+                on_sample()
+        _check_classes(source, per_class, left_out)
+        writer.finish()
+        os.fsync(file.fileno())
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        num_bytes = file.seek(0, os.SEEK_END)
+    mean, std = _moments(histogram[TRAIN])
+    return Manifest(
+        num_samples=writer.num_samples,
+        num_train=int(per_class[TRAIN].sum()),
+        num_test=int(per_class[TEST].sum()),
+        classes=source.classes,
+        num_jpeg=num_jpeg,
+        smallest_width=min(widths),
+        largest_width=max(widths),
+        smallest_height=min(heights),
+        largest_height=max(heights),
+        mean=mean,
+        std=std,
+        source=source.spec,
+        left_out=tuple(left_out),
+        num_bytes=num_bytes,
+        sha256=sha256,
+    )
+
+
+def _encode_all(
+    source: Source, *, quality: int, max_side: int, workers: int
+) -> Iterator[tuple[Sample, Encoded | BadImageError]]:
+    """Each sample with its encoded image or what is wrong with it, in order; a bounded number is under way at once.
+
+    Threads are enough: Pillow decodes, resizes and encodes without Python's lock.
+    """
+
+    def run(sample: Sample) -> Encoded | BadImageError:
+        try:
+            image = read_rgb(sample.image) if isinstance(sample.image, Path) else Image.fromarray(sample.image)
+            return encode(image, quality=quality, max_side=max_side)
+        except BadImageError as error:
+            return error
+
+    def run_chunk(chunk: Sequence[Sample]) -> list[Encoded | BadImageError]:
+        return [run(sample) for sample in chunk]
+
+    chunks = iter([source.samples[start : start + CHUNK] for start in range(0, len(source.samples), CHUNK)])
+    pending: deque[tuple[Sequence[Sample], Future[list[Encoded | BadImageError]]]] = deque()
+    # Pillow warns of large images and odd metadata, file by file; what matters is in the reasons.
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
+        warnings.simplefilter("ignore")
+        try:
+            while True:
+                for chunk in islice(chunks, CHUNKS_AHEAD * workers - len(pending)):
+                    pending.append((chunk, pool.submit(run_chunk, chunk)))
+                if not pending:
+                    return
+                chunk, future = pending.popleft()
+                yield from zip(chunk, future.result(), strict=True)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _too_many(left_out: list[LeftOut], max_bad: int) -> str:
+    shown = "; ".join(f"{bad.name} ({bad.reason})" for bad in left_out[:NUM_SHOWN])
+    count = "an image" if max_bad == 0 else f"more than {max_bad} images"
+    more = "; ..." if len(left_out) > NUM_SHOWN else ""
+    return f"{count} can't be packed: {shown}{more}; repair or remove them, or allow more with --max-bad"
+
+
+def _check_classes(source: Source, per_class: np.ndarray, left_out: list[LeftOut]) -> None:
+    """Every class has an image and the training split is not empty; `per_class` is int64 [2, classes]."""
+    first = f" (the first: {left_out[0].name}, {left_out[0].reason})" if left_out else ""
+    for name, count in zip(source.classes, per_class.sum(0), strict=True):
+        require(count > 0, f"class {name} of {source.spec} has no readable image{first}; repair or remove it")
+    require(per_class[TRAIN].any(), f"{source.spec} has no readable image to train on{first}")
+
+
+def _moments(histogram: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of each channel, in units of the full range, from counts int64 [3, 256].
+
+    The sums are exact integers: no order of summation changes the result.
+    """
+    values = np.arange(256)
+    mean, std = [], []
+    for counts in histogram:
+        total, first, second = int(counts.sum()), int(counts @ values), int(counts @ values**2)
+        mean.append(first / total / 255)
+        std.append((total * second - first**2) ** 0.5 / total / 255)
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])

@@ -1,0 +1,68 @@
+"""Features of a frozen encoder over samples of a packed dataset, shared out over the ranks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dist_contrastive import distributed
+from dist_contrastive.config import AugmentConfig, DataConfig
+from dist_contrastive.data.augment import to_normalized
+from dist_contrastive.data.beton import Dataset
+from dist_contrastive.data.loader import eval_pass
+from dist_contrastive.models.encoders import Encoder
+
+BATCH_SIZE = 256
+
+
+@contextmanager
+def frozen(encoder: nn.Module) -> Iterator[None]:
+    """Within the context `encoder` is in eval mode and nothing carries gradient; afterwards each module is as it was."""
+    before = [(module, module.training) for module in encoder.modules()]
+    encoder.eval()
+    try:
+        assert not any(module.training for module in encoder.modules()), "a probe sees the encoder in eval mode"
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def extract(
+    encoder: Encoder,
+    dataset: Dataset,
+    indices: np.ndarray,
+    *,
+    data: DataConfig,
+    augment: AugmentConfig,
+    device: torch.device,
+    threads: int,
+) -> Tensor:
+    """Features float32 [n, D] of the samples `indices` int64 [n], in their order, on `device`, on every rank.
+
+    Each rank encodes a contiguous share in fp32, so all ranks must call it with the same samples. Images are seen as the
+    protocol says: the centred square (`DataConfig.eval_crop`), normalized, nothing random. Buffers are rank 0's: where
+    BatchNorm is not synchronised, its running statistics differ between ranks, and rank 0's are the model's.
+    """
+    distributed.broadcast_buffers(encoder)
+    share = np.array_split(indices, distributed.world_size())[distributed.rank()]
+    parts = [torch.empty(0, encoder.feature_size, device=device)]
+    pass_over_share = eval_pass(
+        dataset, data, share, batch_size=BATCH_SIZE, threads=threads, pin_memory=device.type == "cuda"
+    )
+    with frozen(encoder), pass_over_share as batches:
+        for batch in batches:
+            images = to_normalized(batch.views[0], augment, device).contiguous(memory_format=torch.channels_last)
+            parts.append(encoder(images).float())
+    return distributed.all_gather_rows(torch.cat(parts))
+
+
+def raw_pixels(
+    dataset: Dataset, indices: np.ndarray, *, data: DataConfig, device: torch.device, threads: int
+) -> Tensor:
+    """The pixels themselves as features, float32 [n, 3·S·S] in [0, 1], on `device`; every rank reads all of them."""
+    batches = eval_pass(dataset, data, indices, batch_size=BATCH_SIZE, threads=threads)
+    return torch.cat([batch.views[0].flatten(1).to(device).float().div_(255) for batch in batches])

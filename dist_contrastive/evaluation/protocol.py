@@ -1,0 +1,146 @@
+"""What a run is scored by, and how: linear and kNN accuracy on the test split, beside two baselines.
+
+The encoder is frozen, features come without augmentation, hyper-parameters are chosen on a held-out part of the training
+split, the last epoch is the result, and beside each score stand raw pixels and the untrained encoder.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_contrastive import distributed
+from dist_contrastive.config import AugmentConfig, DataConfig, ProbeConfig, require
+from dist_contrastive.data.beton import TEST, TRAIN, Dataset
+from dist_contrastive.evaluation.features import extract, raw_pixels
+from dist_contrastive.evaluation.knn import knn_predict
+from dist_contrastive.evaluation.linear import linear_probe
+from dist_contrastive.models.encoders import Encoder
+
+RAW_SIDE = 32
+"""Raw pixels are taken at this side at most: at 224 a linear classifier would have 150,000 inputs."""
+
+
+class ProbeRunner:
+    """Scores encoders on one dataset. All ranks call the same methods at the same time and get the same results.
+
+    Encoding is shared out over the ranks; rank 0 alone fits the classifier.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        data: DataConfig,
+        augment: AugmentConfig,
+        probe: ProbeConfig,
+        seed: int,
+        device: torch.device,
+        threads: int,
+    ) -> None:
+        """`UserError` where the dataset has nothing to test on."""
+        require(
+            dataset.manifest.num_test > 0 and dataset.manifest.num_train > 0,
+            f"{dataset.path} has no test split to probe on; pack one that has, or pass --probe.no-enabled",
+        )
+        self.dataset, self.data, self.augment, self.probe = dataset, data, augment, probe
+        self.seed, self.device, self.threads = seed, device, threads
+        self._indices = [dataset.indices(split) for split in (TRAIN, TEST)]
+        self._labels = [torch.from_numpy(dataset.labels[indices]).to(device) for indices in self._indices]
+
+    def score(self, encoder: Encoder) -> dict[str, Any]:
+        """`linear_top1` and `knn_top1` (fractions of the test split) of `encoder`, and how the linear fit went.
+
+        `UserError` on all ranks where features are not finite.
+        """
+        return self._score(
+            [
+                extract(
+                    encoder, self.dataset, indices,
+                    data=self.data, augment=self.augment, device=self.device, threads=self.threads,
+                )
+                for indices in self._indices
+            ]
+        )  # fmt: skip
+
+    def baselines(self, untrained: Encoder) -> dict[str, Any]:
+        """The same two scores of raw pixels (`raw_…`) and of the untrained encoder (`init_…`)."""
+        small = replace(self.data, image_size=min(RAW_SIDE, self.data.image_size))
+        raw = [
+            raw_pixels(self.dataset, indices, data=small, device=self.device, threads=self.threads)
+            if distributed.is_main()
+            else torch.empty(0)
+            for indices in self._indices
+        ]
+        found = {f"raw_{name}": value for name, value in self._score(raw).items()}
+        return {**found, **{f"init_{name}": value for name, value in self.score(untrained).items()}}
+
+    def _score(self, features: list[Tensor]) -> dict[str, Any]:
+        def fit() -> dict[str, Any] | None:
+            if not distributed.is_main():
+                return None
+            (train_x, test_x), (train_y, test_y) = features, self._labels
+            with _all_cores(self.device):
+                linear = linear_probe(
+                    train_x, train_y, test_x, test_y,
+                    strengths=self.probe.strengths, holdout=self.probe.holdout, seed=self.seed,
+                )  # fmt: skip
+                found = knn_predict(
+                    train_x, train_y, test_x, num_classes=len(self.dataset.manifest.classes),
+                    k=self.probe.knn_k, temperature=self.probe.knn_temperature,
+                )  # fmt: skip
+            return {
+                "linear_top1": linear.top1,
+                "knn_top1": (found == test_y).double().mean().item(),
+                "linear_strength": linear.strength,
+                "linear_holdout_top1": linear.holdout_top1,
+                "linear_converged": linear.converged,
+            }
+
+        result: dict[str, Any] = distributed.broadcast_object(distributed.together(fit))
+        return result
+
+    def protocol(self) -> dict[str, Any]:
+        """How the scores come about, in words and numbers, for whoever compares them."""
+        return {
+            "linear": "L2-regularised logistic regression by L-BFGS on standardised features",
+            "linear_strengths": list(self.probe.strengths),
+            "linear_strength_chosen_on": f"{self.probe.holdout:g} of the training split, held out",
+            "knn": "weighted vote of the nearest by cosine s, weight exp(s / temperature)",
+            "knn_k": self.probe.knn_k,
+            "knn_temperature": self.probe.knn_temperature,
+            "encoder": "frozen, in eval mode, fp32",
+            "images": f"centre crop {self.data.eval_crop:g}, {self.data.image_size} px, without augmentation",
+            "raw_pixels": f"{min(RAW_SIDE, self.data.image_size)} px",
+            "num_train": self.dataset.manifest.num_train,
+            "num_test": self.dataset.manifest.num_test,
+            "dataset_sha256": self.dataset.manifest.sha256,
+        }
+
+    def summary(self, baselines: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What probe.json holds: the last entry of `history` (each with `epoch`, epochs done, and `step`) as the result,
+        the best one beside it, the baselines and the protocol."""
+        best = max(history, key=lambda entry: entry["linear_top1"])
+        return {
+            **history[-1],
+            **baselines,
+            "best": {name: best[name] for name in ("epoch", "step", "linear_top1", "knn_top1")},
+            "history": list(history),
+            "protocol": self.protocol(),
+        }
+
+
+@contextmanager
+def _all_cores(device: torch.device) -> Iterator[None]:
+    """On the CPU the other ranks wait while rank 0 fits: within the context it computes on all cores."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

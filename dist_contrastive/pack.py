@@ -1,0 +1,85 @@
+"""`python -m dist_contrastive.pack SOURCE OUT.beton`: pack images into one file that the loader reads.
+
+SOURCE is `photos` (patches of photographs that come with the installed packages; no network), `cifar10` (downloaded once,
+or taken from `cifar10:DIR`) or `folder:DIR` (class folders of images). The dataset is OUT.beton with its checksum and its
+statistics in OUT.beton.json; one that exists is replaced.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tyro.conf import Positional
+
+from dist_contrastive.cli import main_guard, parse
+from dist_contrastive.config import require
+from dist_contrastive.data.packing import LARGEST_SIDE, MAX_BAD, MAX_SIDE, QUALITY, write_dataset
+from dist_contrastive.data.sources import open_source
+
+PROG = "python -m dist_contrastive.pack"
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Pack images into one file that the loader reads."""
+
+    source: Positional[str] = "photos"
+    """photos | cifar10[:DIR] | folder:DIR, with DIR/<class>/... or DIR/train/<class>/... and DIR/test/<class>/..."""
+    out: Positional[Path | None] = None
+    """The dataset to write, *.beton (data/photos.beton, data/cifar10.beton if none is given)."""
+    quality: int = QUALITY
+    """JPEG quality of images of more than 64×64 pixels; smaller ones are stored raw."""
+    max_side: int = MAX_SIDE
+    """Images whose longest side has more pixels are reduced to it."""
+    max_bad: int = MAX_BAD
+    """How many images may be left out because they can't be read; with more, nothing is written."""
+    workers: int = 0
+    """Threads that decode; 0 takes one for each usable core."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.quality <= 100, f"--quality {self.quality}: give a number from 1 to 100")
+        require(1 <= self.max_side <= LARGEST_SIDE, f"--max-side {self.max_side}: give from 1 to {LARGEST_SIDE} pixels")
+        require(self.max_bad >= 0, f"--max-bad {self.max_bad}: give 0 (none) or more")
+        require(self.workers >= 0, f"--workers {self.workers}: give 0 (automatic) or more")
+        # Without the suffix, arguments in the wrong order could replace a file that is something else.
+        require(self.out_path.suffix == ".beton", f"{self.out_path}: give a file name that ends in .beton")
+        require(not self.out_path.is_dir(), f"{self.out_path} is a folder; give the name of a file")
+
+    @property
+    def out_path(self) -> Path:
+        kind = self.source.partition(":")[0]
+        if self.out is None:
+            require(kind != "folder", f"where to? give the file to write: {PROG} {self.source} OUT.beton")
+            return Path(f"data/{kind}.beton")
+        return self.out.expanduser()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(PackConfig, argv, prog=PROG)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite end removes the unfinished file as Ctrl-C does
+    start = time.monotonic()
+    source = open_source(config.source)
+    console = Console(stderr=True)
+    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("packing", total=len(source.samples))
+        manifest = write_dataset(
+            source, config.out_path, quality=config.quality, max_side=config.max_side, max_bad=config.max_bad,
+            workers=config.workers, on_sample=lambda: progress.advance(task),
+        )  # fmt: skip
+    for bad in manifest.left_out:
+        print(f"left out: {bad.name}: {bad.reason}", file=sys.stderr)
+    print(
+        f"{config.out_path}: {manifest.num_samples} samples ({manifest.num_train} to train, {manifest.num_test} to test), "
+        f"{len(manifest.classes)} classes, {len(manifest.left_out)} left out, {manifest.num_bytes / 1e6:.1f} MB, "
+        f"{time.monotonic() - start:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))
