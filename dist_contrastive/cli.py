@@ -11,6 +11,7 @@ if __name__ == "__main__":
 import contextlib
 import difflib
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -86,7 +87,9 @@ def main_guard(function: Callable[[], object]) -> int:
     try:
         function()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        # All ranks of a run stop at the same mistake; one line a host is enough.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt as error:
         print(f"error: interrupted {error}".rstrip(), file=sys.stderr, flush=True)

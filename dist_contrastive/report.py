@@ -10,11 +10,10 @@ Figures are made without pyplot, so nothing of matplotlib's global state is left
 import base64
 import html
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import matplotlib
 import numpy as np
@@ -28,6 +27,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
+from dist_contrastive.atomic import write_atomic
 from dist_contrastive.config import flatten
 
 # Colours that stay apart for colour-blind readers: Okabe and Ito (2008), "Color universal design".
@@ -39,7 +39,7 @@ CLASS_COLORS = (
 )  # fmt: skip
 CLASS_MARKERS = ("o", "^", "s")
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 9.5, "axes.titlesize": 10.5, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.titlepad": 10, "axes.edgecolor": "#9aa5b1", "axes.labelcolor": INK, "text.color": INK,
     "xtick.color": GREY, "ytick.color": GREY, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -119,9 +119,7 @@ def write_report(inputs: RunReport) -> Path:
                 FigureCanvasAgg(figure).print_figure(plots / f"{section.name}.png")
             sections.append(section)
     page = inputs.run_dir / "report.html"
-    temporary = page.with_suffix(".html.tmp")
-    temporary.write_text(_page(inputs, sections, plots), encoding="utf-8")
-    os.replace(temporary, page)
+    write_atomic(page, _page(inputs, sections, plots).encode())
     return page
 
 
@@ -139,50 +137,60 @@ def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray
     return steps, values
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """The running mean over a tenth of the curve, narrower towards its ends so that they do not bend."""
-    half = len(values) // 20
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
-    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+    """The running median over a tenth of the curve, narrower towards its ends so that they do not bend.
+
+    Unlike the mean it does not spread a single slow step over its neighbours.
+    """
+    half = min(len(values) // 20, 50)
+    smooth = values.copy()
+    for reach in range(1, half):
+        smooth[reach] = np.median(values[: 2 * reach + 1])
+        smooth[-1 - reach] = np.median(values[-2 * reach - 1 :])
+    smooth[half : len(values) - half] = np.median(
+        np.lib.stride_tricks.sliding_window_view(values, 2 * half + 1), axis=1
+    )
+    return smooth
 
 
-def _curve(ax: Axes, inputs: RunReport, name: str, color: str, *, label: str = "") -> bool:
-    """Draw one metric against the step: the logged values pale, their running mean over them. False when there is none."""
+def _curve(ax: Axes, inputs: RunReport, name: str, color: str, *, noisy: bool = True) -> bool:
+    """Draw one metric against the step: where it is noisy, pale with its running median over it. False if there is none."""
     steps, values = _series(inputs.metrics, name)
     if len(steps) == 0:
         return False
     if len(steps) < 20:
         ax.plot(steps, values, color=color, marker="o", markersize=4)
-        smooth = values
-    else:
-        smooth = _smooth(values)
+    elif noisy:
         ax.plot(steps, values, color=color, linewidth=0.8, alpha=0.35)
-        ax.plot(steps, smooth, color=color)
-    if label:
-        _label_end(ax, float(steps[-1]), float(smooth[-1]), label, color)
+        ax.plot(steps, _smooth(values), color=color)
+    else:
+        ax.plot(steps, values, color=color)
     ax.set_xlabel("step (optimizer updates)")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     return True
 
 
-def _label_end(ax: Axes, x: float, y: float, text: str, color: str) -> None:
-    """A curve's name beside its right end, instead of a legend."""
-    label = ax.annotate(text, (x, y), (6, 0), textcoords="offset points", va="center", color=color, fontweight="bold")
-    label.set_in_layout(True)
+def _label_end(ax: Axes, text: str, *, above: bool) -> None:
+    """The name of the curve drawn last, beside its right end, instead of a legend."""
+    curve = ax.get_lines()[-1]
+    x, y = (float(np.asarray(data)[-1]) for data in curve.get_data())
+    ax.annotate(
+        text, (x, y), (6, 0), textcoords="offset points", va="bottom" if above else "top", color=curve.get_color(),
+        fontweight="bold",
+    )  # fmt: skip
 
 
-def _baseline(ax: Axes, value: float, text: str, color: str) -> None:
-    """A horizontal line with its name written on it, at the left."""
+def _baseline(ax: Axes, value: float, text: str, color: str, *, above: bool) -> None:
+    """A horizontal line with its name at the left, above or below it."""
     ax.axhline(value, color=color, linewidth=1.4, linestyle=(0, (5, 3)))
     ax.annotate(
-        text, (0.01, value), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", color=color,
-        va="bottom", fontsize=8.5, path_effects=[withStroke(linewidth=3, foreground="white")],
+        text, (0.01, value), (0, 3 if above else -3), xycoords=("axes fraction", "data"), textcoords="offset points",
+        color=color, va="bottom" if above else "top", fontsize=8.5,
+        path_effects=[withStroke(linewidth=3, foreground="white")],
     )  # fmt: skip
 
 
@@ -237,13 +245,13 @@ def _positive_cosine(inputs: RunReport) -> tuple[_Section, Figure | None]:
 def _learning_rate(inputs: RunReport) -> tuple[_Section, Figure | None]:
     title = "Learning rate and gradient norm"
     figure, (left, right) = _new_figure(3.0, columns=2)
-    has_rate = _curve(left, inputs, "learning_rate", BLUE)
+    has_rate = _curve(left, inputs, "learning_rate", BLUE, noisy=False)
     has_norm = _curve(right, inputs, "grad_norm", VERMILION)
     if not has_rate and not has_norm:
         return _Section("learning_rate", title, missing="the run logged neither quantity"), None
     left.set_title("Learning rate")
     left.set_ylabel("learning rate")
-    left.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    left.yaxis.set_major_formatter("{x:g}")
     left.set_ylim(bottom=0)
     right.set_title("Gradient norm")
     right.set_ylabel("L2 norm of the whole gradient")
@@ -266,8 +274,10 @@ def _throughput(inputs: RunReport) -> tuple[_Section, Figure | None]:
     title = "Speed"
     figure, (left, right) = _new_figure(3.0, columns=2)
     has_rate = _curve(left, inputs, "images_per_s", GREEN)
-    has_step = _curve(right, inputs, "step_time_ms", INK, label="whole step")
-    has_wait = _curve(right, inputs, "loader_wait_ms", VERMILION, label="waiting\nfor data")
+    has_step = _curve(right, inputs, "step_time_ms", INK)
+    if has_step:
+        _label_end(right, "whole step", above=True)
+    has_wait = _curve(right, inputs, "loader_wait_ms", VERMILION)
     if not has_rate and not has_step and not has_wait:
         return _Section("throughput", title, missing="the run logged no times"), None
     left.set_title("Throughput, all ranks")
@@ -277,6 +287,10 @@ def _throughput(inputs: RunReport) -> tuple[_Section, Figure | None]:
     for ax, drawn in ((left, has_rate), (right, has_step or has_wait)):
         if drawn:
             ax.set_ylim(0, _headroom(ax))
+    if has_wait:
+        # Below its line, away from the step's label, unless the line lies on the floor.
+        on_floor = float(np.asarray(right.get_lines()[-1].get_ydata())[-1]) < 0.25 * right.get_ylim()[1]
+        _label_end(right, "waiting\nfor data", above=on_floor)
     return _Section(
         "throughput",
         title,
@@ -288,8 +302,9 @@ def _throughput(inputs: RunReport) -> tuple[_Section, Figure | None]:
 
 def _headroom(ax: Axes) -> float:
     """An upper limit that leaves outliers out: the slow first step would squeeze all others onto the floor."""
-    values = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in ax.get_lines()])
-    return float(max(1e-9, 1.15 * min(values.max(), 2.5 * max(np.median(line.get_ydata()) for line in ax.get_lines()))))
+    curves = [np.asarray(line.get_ydata(), dtype=np.float64) for line in ax.get_lines()]
+    highest, typical = np.concatenate(curves).max(), max(np.median(curve) for curve in curves)
+    return float(max(1e-9, 1.15 * min(highest, 2.5 * typical)))
 
 
 # --- the probe --------------------------------------------------------------------------------------------------------
@@ -311,19 +326,25 @@ def _probe(inputs: RunReport) -> tuple[_Section, Figure | None]:
         points = sorted(dict(points).items())
         if not points and _is_number(probe.get(f"{name}_top1")):
             points = [(0.0, float(probe[f"{name}_top1"]))]  # a probe file that names no epoch
-        for key, text, color in (
-            (f"raw_{name}_top1", "raw pixels", GREY),
-            (f"init_{name}_top1", "untrained encoder", VERMILION),
-        ):
-            if _is_number(probe.get(key)):
-                _baseline(ax, float(probe[key]), f"{text} {100 * float(probe[key]):.1f} %", color)
-                shown.append(float(probe[key]))
+        baselines = [
+            (float(probe[key]), text, color)
+            for key, text, color in (
+                (f"raw_{name}_top1", "raw pixels", GREY),
+                (f"init_{name}_top1", "untrained encoder", VERMILION),
+            )
+            if _is_number(probe.get(key))
+        ]
+        for value, text, color in baselines:
+            # The higher line has its name above it, the lower one below it: so they keep clear of each other.
+            highest = value == max(baselines)[0]
+            _baseline(ax, value, f"{text} {100 * value:.1f} %", color, above=highest)
+            shown.append(value)
         if points:
             epochs, scores = np.array(points).T
             ax.plot(epochs, scores, color=BLUE, marker="o", markersize=5, clip_on=False, zorder=3)
             ax.annotate(
                 f"{100 * scores[-1]:.1f} %", (epochs[-1], scores[-1]), (0, 9), textcoords="offset points", ha="right",
-                color=BLUE, fontweight="bold", fontsize=11,
+                color=BLUE, fontweight="bold", fontsize=11, path_effects=[withStroke(linewidth=3, foreground="white")],
             )  # fmt: skip
             shown.extend(scores)
             last = max(1.0, float(epochs[-1]))
@@ -332,7 +353,7 @@ def _probe(inputs: RunReport) -> tuple[_Section, Figure | None]:
         ax.set_xlabel("epoch")
         ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     for ax in axes:
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
         ax.set_ylim(max(0.0, min(shown) - 0.08), min(1.06, max(shown) + 0.08))
     axes[0].set_ylabel("test images classified right (top-1)")
     return _Section(
@@ -457,7 +478,9 @@ def _map(inputs: RunReport) -> tuple[_Section, Figure | None]:
     for side in ("left", "bottom"):
         ax.spines[side].set_visible(False)
     _spread_labels(figure, ax, texts)
-    names = "Each name stands where its class is densest." if labelled else f"Colours repeat among {len(classes)} classes."
+    names = (
+        "Each name stands where its class is densest." if labelled else f"Colours repeat among {len(classes)} classes."
+    )
     return _Section(
         "map",
         title,
@@ -531,7 +554,8 @@ def _tile(
 
 def _tile_figure(columns: float, rows: float) -> tuple[Figure, Axes]:
     """A figure whose axes hold square tiles, one unit each, and which is as wide as the others."""
-    figure = Figure(figsize=(WIDTH, max(1.0, WIDTH * rows / columns)), layout="none")
+    figure = Figure(figsize=(WIDTH, max(1.0, WIDTH * rows / columns)))
+    figure.set_layout_engine("none")
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set_axis_off()
     return figure, ax
@@ -541,7 +565,9 @@ def _neighbours(inputs: RunReport) -> tuple[_Section, Figure | None]:
     title = "Test images and their nearest neighbours"
     features, labels, thumbnails = inputs.features, inputs.labels, inputs.thumbnails
     if features is None or labels is None or thumbnails is None or len(features) < 2:
-        return _Section("neighbours", title, missing="there are no features and images of at least two test images"), None
+        return _Section(
+            "neighbours", title, missing="there are no features and images of at least two test images"
+        ), None
     labels = np.asarray(labels)
     images = _as_rgb(thumbnails if thumbnails.ndim == 4 else thumbnails[..., None])
     order = np.random.default_rng(1).permutation(len(labels))
@@ -559,11 +585,11 @@ def _neighbours(inputs: RunReport) -> tuple[_Section, Figure | None]:
     ax.text(left, -0.15, "test image", fontweight="bold")
     ax.text(left + 1.3, -0.15, "its neighbours, nearest first", fontweight="bold")
     for row, (query, found) in enumerate(zip(queries, nearest, strict=True)):
-        _tile(ax, images[query], left, row * pitch, text=_shorten(_class_name(inputs, int(labels[query])), 16))
+        _tile(ax, images[query], left, row * pitch, text=_shorten(_class_name(inputs, int(labels[query])), 13))
         for column, neighbour in enumerate(found):
             right = labels[neighbour] == labels[query]
             color = GREEN if right else VERMILION
-            name = _shorten(_class_name(inputs, int(labels[neighbour])), 14)
+            name = _shorten(_class_name(inputs, int(labels[neighbour])), 11)
             _tile(
                 ax, images[neighbour], left + 1.3 + 1.08 * column, row * pitch, frame=color, color=color,
                 text=f"{'✓' if right else '✗'} {name}",
@@ -573,9 +599,9 @@ def _neighbours(inputs: RunReport) -> tuple[_Section, Figure | None]:
         "neighbours",
         title,
         f"{len(queries)} test images drawn at random, of different classes as far as there are, each with the test images "
-        f"whose features are most similar to its own (cosine). Green and ✓: the same class; red and ✗: another. {100 * hits.mean():.0f} % of those "
-        "shown are right. Red ones that look alike (colour, texture) are honest confusions; red ones that look like nothing of the "
-        "kind say that the features miss the content.",
+        "whose features are most similar to its own (cosine). Green and ✓: the same class; red and ✗: another. "
+        f"{100 * hits.mean():.0f} % of those shown are right. Red ones that look alike (colour, texture) are honest "
+        "confusions; red ones that look like nothing of the kind say that the features miss the content.",
     ), figure
 
 
@@ -723,7 +749,8 @@ def _summary(inputs: RunReport, flat: Mapping[str, Any]) -> str:
         cells = "".join(
             f"<tr><td>{html.escape(label)}</td>"
             + "".join(
-                f"<td{' class=own' if column == 0 else ''}>{_percent(score)}</td>" for column, score in enumerate(scores)
+                f"<td{' class=own' if column == 0 else ''}>{_percent(score)}</td>"
+                for column, score in enumerate(scores)
             )
             + "</tr>"
             for label, scores in rows
@@ -748,7 +775,11 @@ def _knn_label(probe: Mapping[str, Any]) -> str:
 def _best(probe: Mapping[str, Any]) -> str:
     """The best epoch's score, when it is not the last one's: reported beside it, never instead of it."""
     best = probe.get("best")
-    if not isinstance(best, Mapping) or not _is_number(best.get("linear_top1")) or best.get("epoch") == probe.get("epoch"):
+    if (
+        not isinstance(best, Mapping)
+        or not _is_number(best.get("linear_top1"))
+        or best.get("epoch") == probe.get("epoch")
+    ):
         return ""
     text = f"These are the last epoch's scores. The best linear score was {_percent(best['linear_top1'])}"
     text += f", after epoch {best['epoch']:g}." if _is_number(best.get("epoch")) else "."

@@ -59,8 +59,12 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, timeout_
 
 def _run_rank(rank: int, num_ranks: int, store: str, function: Callable[..., Any], args: tuple, results: Any) -> None:
     torch.set_num_threads(1)
-    # What a launcher tells its ranks, for the code that asks the environment.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_WORLD_SIZE=str(num_ranks))
+    # What a launcher tells its ranks, for the code that asks the environment; one rank alone is started without a launcher.
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    for name, value in zip(names, (rank, rank, num_ranks, num_ranks), strict=True):
+        os.environ.pop(name, None)
+        if num_ranks > 1:
+            os.environ[name] = str(value)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     try:
         if num_ranks > 1:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from threading import Thread
+from threading import Thread, current_thread
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -59,14 +59,12 @@ class Scratch(NamedTuple):
     """What one thread needs to decode and resize: S pixels a side, at most K taps an output pixel, images W wide."""
 
     pixels: np.ndarray  # uint8 [bytes of the largest decoded JPEG]
-    first_row: np.ndarray  # int64 [S]: first source row of each output row
+    first_row: np.ndarray  # uint32 [S]: first source row of each output row
     row_weights: np.ndarray  # float32 [S, K]
-    first_column: np.ndarray  # int64 [S]
+    first_column: np.ndarray  # uint32 [S]
     column_weights: np.ndarray  # float32 [S, K]
-    element_first: np.ndarray  # uint32 [3S]: first source element of each output element of a row (pixel × channel)
-    element_weights: np.ndarray  # float32 [K, 3S]
-    row: np.ndarray  # float32 [3 (W + K)]: one output row before its horizontal pass
-    sums: np.ndarray  # float32 [3S]
+    row: np.ndarray  # float32 [3 max(S, W + K)]: one row of pixels
+    lines: np.ndarray  # float32 [S + 1, 3S]: rows that were resized to S columns
 
 
 def _make_scratch(dataset: Dataset, size: int) -> Scratch:
@@ -76,14 +74,12 @@ def _make_scratch(dataset: Dataset, size: int) -> Scratch:
     taps = 2 * math.ceil(max(widest, int(dataset.heights.max())) / size) + 2
     return Scratch(
         pixels=np.zeros(3 * int(areas.max(initial=0)), np.uint8),
-        first_row=np.zeros(size, np.int64),
+        first_row=np.zeros(size, np.uint32),
         row_weights=np.zeros((size, taps), np.float32),
-        first_column=np.zeros(size, np.int64),
+        first_column=np.zeros(size, np.uint32),
         column_weights=np.zeros((size, taps), np.float32),
-        element_first=np.zeros(3 * size, np.uint32),
-        element_weights=np.zeros((taps, 3 * size), np.float32),
-        row=np.zeros(3 * (widest + taps), np.float32),
-        sums=np.zeros(3 * size, np.float32),
+        row=np.zeros(3 * max(size, widest + taps), np.float32),
+        lines=np.zeros((size + 1, 3 * size), np.float32),
     )
 
 
@@ -92,16 +88,24 @@ def _triangle_weights(length, size, first, weights):
     """Taps that resize `length` pixels to `size`: output i is the sum over k of weights[i, k] · pixel[first[i] + k].
 
     Pillow's and torchvision's antialiased bilinear filter: a triangle whose support grows with the reduction. Returns
-    the largest number of taps; `weights` is 0 beyond an output's own.
+    the largest number of taps; `weights` is 0 between an output's own number and that one.
     """
     scale = length / size
-    support = max(scale, 1.0)
-    inverse = np.float32(1.0 / support)
+    if scale <= 1:  # the same, shorter: between two neighbours, at the border one pixel alone
+        for i in range(size):
+            position = scale * (i + 0.5) - 0.5
+            low = max(math.floor(position), 0)
+            share = np.float32(max(position - low, 0.0)) if low < length - 1 else np.float32(0.0)
+            first[i] = low
+            weights[i, 0] = np.float32(1.0) - share
+            weights[i, 1] = share
+        return 2
+    inverse = np.float32(1.0 / scale)
     most = 0
     for i in range(size):
         center = scale * (i + 0.5)
-        low = max(int(center - support + 0.5), 0)
-        num = min(int(center + support + 0.5), length) - low
+        low = max(int(center - scale + 0.5), 0)
+        num = min(int(center + scale + 0.5), length) - low
         offset = np.float32(low - center + 0.5)
         taps = weights[i]
         total = np.float32(0.0)
@@ -119,63 +123,75 @@ def _triangle_weights(length, size, first, weights):
 
 
 @numba.njit(nogil=True)
-def _resize_crop(image, image_width, top, left, height, width, out, s):
-    """Resize the crop of `image` uint8 [image height · image width · 3] into `out` uint8 [S, S, 3], with scratch `s`.
+def _resize_row(row, first, weights, num_taps, line):
+    """Resize `row` float32 [3 · width] of pixels into `line` float32 [3S]; `num_taps` is at least 2.
 
-    Rows first: a weighted sum of whole source rows runs over contiguous memory. The columns follow row by row, as a
-    gather with the weights repeated for the three channels. Nothing depends on other crops, and no sum is reordered.
+    Pixel by pixel: the gather instructions with which a compiler would vectorise this are slower on many processors.
     """
-    size = out.shape[0]
-    row_taps = _triangle_weights(height, size, s.first_row, s.row_weights)
-    column_taps = max(2, _triangle_weights(width, size, s.first_column, s.column_weights))
-    for x in range(size):
-        for channel in range(3):
-            s.element_first[3 * x + channel] = 3 * s.first_column[x] + channel
-    for k in range(column_taps):
-        repeated = s.element_weights[k]
-        for x in range(size):
-            weight = s.column_weights[x, k]
-            repeated[3 * x] = weight
-            repeated[3 * x + 1] = weight
-            repeated[3 * x + 2] = weight
-    # The first two taps, all there are when a crop is enlarged, are taken together: fewer passes over the row.
-    elements = 3 * width
-    stride = 3 * image_width
-    row, shifted_row, sums, element_first = s.row, s.row[3:], s.sums, s.element_first
-    weights_0, weights_1 = s.element_weights[0], s.element_weights[1]
+    for x in range(len(first)):
+        i = 3 * first[x]
+        weight, next_weight = weights[x, 0], weights[x, 1]
+        red = weight * row[i] + next_weight * row[i + 3]
+        green = weight * row[i + 1] + next_weight * row[i + 4]
+        blue = weight * row[i + 2] + next_weight * row[i + 5]
+        for k in range(2, num_taps):
+            weight = weights[x, k]
+            red += weight * row[i + 3 * k]
+            green += weight * row[i + 3 * k + 1]
+            blue += weight * row[i + 3 * k + 2]
+        line[3 * x], line[3 * x + 1], line[3 * x + 2] = red, green, blue
+
+
+@numba.njit(nogil=True)
+def _resize_crop(image, image_width, top, left, height, width, out, s):
+    """Resize the crop of `image` uint8 [image height · image width · 3] into `out` uint8 [S · S · 3], with scratch `s`.
+
+    Sums of whole rows run over contiguous memory, so they are cheap beside `_resize_row`: it is done on the source rows
+    or on the output rows, whichever are fewer. Nothing depends on other crops, and no sum is reordered.
+    """
+    size = len(s.first_row)
+    num_row_taps = _triangle_weights(height, size, s.first_row, s.row_weights)
+    num_column_taps = _triangle_weights(width, size, s.first_column, s.column_weights)
+    row, lines = s.row, s.lines
+    elements, stride = 3 * width, 3 * image_width
+    if height <= size:
+        for y in range(height):
+            start = (top + y) * stride + 3 * left
+            source = image[start : start + elements]
+            for e in range(elements):
+                row[e] = np.float32(source[e])
+            _resize_row(row, s.first_column, s.column_weights, num_column_taps, lines[y])
     for y in range(size):
-        start = (top + s.first_row[y]) * stride + 3 * left
-        source = image[start : start + elements]
-        weight_0, weight_1 = s.row_weights[y, 0], s.row_weights[y, 1]
-        if weight_1 == 0:
-            for x in range(elements):
-                row[x] = weight_0 * np.float32(source[x])
-        else:
-            below = image[start + stride : start + stride + elements]
-            for x in range(elements):
-                row[x] = weight_0 * np.float32(source[x]) + weight_1 * np.float32(below[x])
-        for k in range(2, row_taps):
-            weight = s.row_weights[y, k]
-            if weight == 0:
-                break
-            source = image[start + k * stride : start + k * stride + elements]
-            for x in range(elements):
-                row[x] += weight * np.float32(source[x])
-        target = out[y].reshape(3 * size)
-        for e in range(3 * size):
-            i = element_first[e]
-            sums[e] = np.float32(0.5) + weights_0[e] * row[i] + weights_1[e] * shifted_row[i]
-        for k in range(2, column_taps):
-            weights_k, row_k = s.element_weights[k], row[3 * k :]
+        first, weight, next_weight = int(s.first_row[y]), s.row_weights[y, 0], s.row_weights[y, 1]
+        if height <= size:
+            upper, lower = lines[first], lines[first + 1]  # beyond the last one the weight is 0
             for e in range(3 * size):
-                sums[e] += weights_k[e] * row_k[element_first[e]]
+                row[e] = np.float32(0.5) + weight * upper[e] + next_weight * lower[e]
+        else:
+            start = (top + first) * stride + 3 * left
+            source, below = image[start : start + elements], image[start + stride : start + stride + elements]
+            for e in range(elements):
+                row[e] = weight * np.float32(source[e]) + next_weight * np.float32(below[e])
+            for k in range(2, num_row_taps):
+                weight = s.row_weights[y, k]
+                if weight == 0:
+                    break
+                source = image[start + k * stride : start + k * stride + elements]
+                for e in range(elements):
+                    row[e] += weight * np.float32(source[e])
+            _resize_row(row, s.first_column, s.column_weights, num_column_taps, lines[0])
+            for e in range(3 * size):
+                row[e] = np.float32(0.5) + lines[0, e]
+        target = out[3 * size * y : 3 * size * (y + 1)]
         for e in range(3 * size):
-            target[e] = np.uint8(np.int32(sums[e]))  # rounds: the half is in the sum
+            target[e] = np.uint8(np.int32(row[e]))  # rounds: the half is in the sum
 
 
 @_cached
 def _crop_samples(file_bytes, pointers, sizes, is_jpeg, heights, widths, samples, boxes, out, start, s):
     """Decode `samples` int64 [b] and resize their `boxes` int64 [V, b, 4] into out[:, start : start + b].
+
+    `out` is uint8 [V, B, S · S · 3].
 
     Returns the position in `samples` of the first that can't be decoded, or -1.
     """
@@ -256,7 +272,7 @@ class _Slice:
     """Some consecutive samples of one batch, for one thread."""
 
     samples: np.ndarray  # int64 [b]
-    out: np.ndarray  # uint8 [V, B, S, S, 3], of the whole batch
+    out: np.ndarray  # uint8 [V, B, S · S · 3], of the whole batch
     start: int  # position of the first sample in the batch
     done: Future[None] = field(default_factory=Future)
 
@@ -306,7 +322,8 @@ def _stop(
         slices.put(None)
     deadline = time.monotonic() + JOIN_TIMEOUT_S
     for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread is not current_thread():  # the garbage collector may run this on one of them
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class Epoch(Iterator[Batch]):
@@ -382,9 +399,9 @@ class Epoch(Iterator[Batch]):
             self.close()
             raise StopIteration
         batch, parts = self._pending.popleft()
-        self._submit()
-        begin = time.perf_counter()
         try:
+            self._submit()
+            begin = time.perf_counter()
             finished, unfinished = wait(
                 [part.done for part in parts], timeout=self._data.timeout_s, return_when=FIRST_EXCEPTION
             )
@@ -409,17 +426,17 @@ class Epoch(Iterator[Batch]):
     def _submit(self) -> None:
         """Put batches under way until `batches_ahead` of them are."""
         while len(self._pending) < self._data.batches_ahead and self._submitted < self._num_batches:
-            samples = np.ascontiguousarray(self._batches(self._submitted), dtype=np.int64)
+            samples = np.array(self._batches(self._submitted), dtype=np.int64)  # a copy: the batch's own
             num_views, size = self._shape
             views = torch.empty(
                 (num_views, len(samples), size, size, 3), dtype=torch.uint8, pin_memory=self._pin_memory
             )
-            labels, indices = torch.from_numpy(self._labels[samples].astype(np.int64)), torch.from_numpy(samples)
+            labels, indices = torch.from_numpy(self._labels[samples]), torch.from_numpy(samples)
             if self._pin_memory:
                 labels, indices = labels.pin_memory(), indices.pin_memory()
             # Two slices a thread: the threads end a batch nearly together even where its images differ in size.
             num_parts = min(len(samples), 2 * len(self._threads))
-            out = views.numpy()
+            out = views.numpy().reshape(num_views, len(samples), -1)
             parts = []
             for start, share in _shares(samples, num_parts):
                 parts.append(_Slice(share, out, start))

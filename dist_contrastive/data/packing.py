@@ -15,7 +15,7 @@ import os
 import secrets
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -34,7 +34,6 @@ from dist_contrastive.data.beton import (
     LeftOut,
     Manifest,
     manifest_path,
-    require_ffcv,
 )
 from dist_contrastive.data.sources import Sample, Source
 
@@ -154,7 +153,6 @@ def write_dataset(
     Raises `UserError` where more than `max_bad` images are bad, a class or the training split ends up empty, `out` can't
     be written, or FFCV is missing.
     """
-    require_ffcv()
     workers = workers or len(os.sched_getaffinity(0))
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.incomplete")  # two runs at once do not meet
     try:
@@ -191,6 +189,7 @@ def _write_file(
 ) -> Manifest:
     """Write the `.beton` file itself to `path`, which must not exist, and wait until the disk has it."""
     left_out: list[LeftOut] = []
+    first_bad: dict[int, LeftOut] = {}
     histogram = np.zeros((2, 3, 256), np.int64)
     per_class = np.zeros((2, len(source.classes)), np.int64)
     widths, heights = set(), set()
@@ -200,6 +199,7 @@ def _write_file(
         for sample, encoded in _encode_all(source, quality=quality, max_side=max_side, workers=workers):
             if isinstance(encoded, BadImageError):
                 left_out.append(LeftOut(sample.name, str(encoded)))
+                first_bad.setdefault(sample.label, left_out[-1])
                 if len(left_out) > max_bad:
                     raise UserError(_too_many(left_out, max_bad))
             else:
@@ -214,7 +214,7 @@ def _write_file(
                 num_jpeg += encoded.is_jpeg
             if on_sample is not None:
                 on_sample()
-        _check_classes(source, per_class, left_out)
+        _check_classes(source, per_class, first_bad)
         writer.finish()
         os.fsync(file.fileno())
         file.seek(0)
@@ -255,11 +255,11 @@ def _encode_all(
         except BadImageError as error:
             return error
 
-    def run_chunk(chunk: Sequence[Sample]) -> list[Encoded | BadImageError]:
+    def run_chunk(chunk: tuple[Sample, ...]) -> list[Encoded | BadImageError]:
         return [run(sample) for sample in chunk]
 
     chunks = iter([source.samples[start : start + CHUNK] for start in range(0, len(source.samples), CHUNK)])
-    pending: deque[tuple[Sequence[Sample], Future[list[Encoded | BadImageError]]]] = deque()
+    pending: deque[tuple[tuple[Sample, ...], Future[list[Encoded | BadImageError]]]] = deque()
     # Pillow warns of large images and odd metadata, file by file; what matters is in the reasons.
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         warnings.simplefilter("ignore")
@@ -282,12 +282,21 @@ def _too_many(left_out: list[LeftOut], max_bad: int) -> str:
     return f"{count} can't be packed: {shown}{more}; repair or remove them, or allow more with --max-bad"
 
 
-def _check_classes(source: Source, per_class: np.ndarray, left_out: list[LeftOut]) -> None:
-    """Every class has an image and the training split is not empty; `per_class` is int64 [2, classes]."""
-    first = f" (the first: {left_out[0].name}, {left_out[0].reason})" if left_out else ""
-    for name, count in zip(source.classes, per_class.sum(0), strict=True):
-        require(count > 0, f"class {name} of {source.spec} has no readable image{first}; repair or remove it")
-    require(per_class[TRAIN].any(), f"{source.spec} has no readable image to train on{first}")
+def _check_classes(source: Source, per_class: np.ndarray, first_bad: dict[int, LeftOut]) -> None:
+    """Every class has an image and the training split is not empty; `per_class` is int64 [2, classes].
+
+    `first_bad` has a bad image of each class (by label) that has one.
+    """
+    for label, name in enumerate(source.classes):
+        bad = first_bad.get(label)
+        example = f" ({bad.name}, {bad.reason})" if bad is not None else ""
+        require(
+            bool(per_class[:, label].any()),
+            f"class {name} of {source.spec} has no readable image{example}; repair or remove it",
+        )
+    require(
+        bool(per_class[TRAIN].any()), f"{source.spec} has no readable image to train on; repair its training images"
+    )
 
 
 def _moments(histogram: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

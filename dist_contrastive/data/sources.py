@@ -190,7 +190,7 @@ def open_folder(spec: str, folder: Path) -> Source:
             test_folder = name
     classes = tuple(sorted({*train_files, *test_files}))
     where = folder / "train" if has_split else folder
-    require(bool(classes), f"{where} has no class folders; put the images into {where}/<class>/")
+    require(bool(train_files), f"{where} has no class folders; put the images into {where}/<class>/")
     require(len(classes) > 1, f"{where} has one class only ({classes[0]}); a dataset needs two class folders or more")
     for name in classes:
         require(

@@ -58,7 +58,8 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
     elif config.norm == "sync":
         body = convert_sync_batchnorm(body)
     # Where a model has layers between pooling and classifier (MobileNetV3), they are part of it: its features are theirs.
-    encoder = Encoder(body, feature_size=getattr(body, "head_hidden_size", None) or int(body.num_features))  # type: ignore[arg-type]
+    feature_size: Any = getattr(body, "head_hidden_size", None) or body.num_features
+    encoder = Encoder(body, feature_size=int(feature_size))
     return encoder.to(memory_format=torch.channels_last)
 
 
@@ -66,10 +67,10 @@ def _shrink_stem(body: nn.Module, name: str) -> None:
     """Replace a ResNet's stem by a 3×3 convolution of stride 1 without max-pool (SimCLR, appendix B.9)."""
     if not isinstance(body, ResNet):
         raise UserError(f"--encoder.stem small: {name} is no ResNet; use --encoder.stem standard")
-    stem = nn.Conv2d(3, body.bn1.num_features, kernel_size=3, stride=1, padding=1, bias=False)
+    stem = nn.Conv2d(3, len(body.bn1.weight), kernel_size=3, stride=1, padding=1, bias=False)  # type: ignore[arg-type]
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-    body.conv1 = stem
-    body.maxpool = nn.Identity()
+    body.conv1 = stem  # type: ignore[assignment]
+    body.maxpool = nn.Identity()  # type: ignore[assignment]
 
 
 def _with_group_norm(module: nn.Module) -> nn.Module:
@@ -98,7 +99,8 @@ def _resnet10(width: int, **kwargs: Any) -> ResNet:
     for key in ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         kwargs.pop(key, None)
     channels = (width, 2 * width, 4 * width, 8 * width)
-    return ResNet(BasicBlock, (1, 1, 1, 1), channels=channels, stem_type="deep", stem_width=width // 2, **kwargs)
+    block: Any = BasicBlock
+    return ResNet(block, (1, 1, 1, 1), channels=channels, stem_type="deep", stem_width=width // 2, **kwargs)
 
 
 @register_model

@@ -1,0 +1,87 @@
+"""Tiny runs for tests: a packed dataset of small pictures, a config over it, and what a run left behind."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_contrastive.checkpoint import Checkpoint, CheckpointStore
+from dist_contrastive.config import (
+    AugmentConfig,
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    EncoderConfig,
+    OptimConfig,
+    ProbeConfig,
+    ProjectorConfig,
+    TrainConfig,
+)  # fmt: skip
+from dist_contrastive.methods.simclr import SimCLRConfig
+from dist_contrastive.metrics import read_metrics
+from dist_contrastive.train import train
+from tests.betons import picture, write_beton
+
+NUM_TRAIN, NUM_TEST, GLOBAL_BATCH = 100, 30, 16
+STEPS_PER_EPOCH = NUM_TRAIN // GLOBAL_BATCH
+TIMES = {"images_per_s", "step_time_ms", "loader_wait_ms", "peak_memory_mib"}
+"""Metrics that differ from run to run."""
+
+
+def write_dataset(folder: Path) -> Path:
+    images = [picture(20, 20 + seed % 5, seed) for seed in range(NUM_TRAIN + NUM_TEST)]
+    return write_beton(folder / "tiny.beton", images, num_test=NUM_TEST)
+
+
+def tiny_config(run_dir: Path, dataset: Path, *, norm: str = "batch", **changes: Any) -> TrainConfig:
+    """SimCLR with dropout and every augmentation, a few seconds on one core; probing is off."""
+    config = TrainConfig(
+        recipe="tiny",
+        run_dir=run_dir,
+        epochs=4,
+        log_every=1,
+        method=SimCLRConfig(temperature=0.2, projector=ProjectorConfig(hidden_size=32, output_size=16)),
+        data=DataConfig(path=dataset, image_size=16, timeout_s=60.0),
+        augment=AugmentConfig(blur=(1.0, 0.1), solarize=(0.0, 0.2)),
+        encoder=EncoderConfig(name="resnet10_w16", stem="small", norm=norm, dropout=0.1),  # type: ignore[arg-type]
+        batch=BatchConfig(size=GLOBAL_BATCH),
+        optim=OptimConfig(learning_rate=1e-2, warmup_epochs=1, clip_norm=1.0),
+        probe=ProbeConfig(enabled=False),
+        checkpoint=CheckpointConfig(every=1),
+    )
+    return replace(config, **changes)
+
+
+def train_on_rank(rank: int, config: TrainConfig) -> bool:
+    """`train(config)` for `harness.run_ranks`."""
+    return train(config)
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what is measured by the clock."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in metrics_of(run_dir)]
+
+
+def newest_checkpoint(run_dir: Path) -> Checkpoint:
+    checkpoint = CheckpointStore(run_dir / "checkpoints", keep=2).newest()
+    assert checkpoint is not None
+    return checkpoint
+
+
+def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
+    """Equal bit for bit: model, optimizer and everything else but paths and times."""
+    assert one.step == other.step
+    assert one.tensors.keys() == other.tensors.keys()
+    for group, tensors in one.tensors.items():
+        assert tensors.keys() == other.tensors[group].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, other.tensors[group][name]), f"{group}: {name}"
+    for name in one.state.keys() | other.state.keys():
+        if name not in ("config", "extra"):
+            assert one.state[name] == other.state[name], name
+    assert one.state["extra"]["scores"] == other.state["extra"]["scores"]

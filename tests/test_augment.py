@@ -1,0 +1,356 @@
+"""The augmentation: torchvision's operations with per-sample parameters that depend on the sample alone."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from dist_contrastive import rng
+from dist_contrastive.batch import Batch
+from dist_contrastive.config import AugmentConfig
+from dist_contrastive.data import augment as module
+from dist_contrastive.data.augment import Augment, to_displayable, to_float, to_normalized
+from dist_contrastive.rng import Stream
+
+CPU = torch.device("cpu")
+# Nothing happens to an image but what a test asks for.
+OFF = AugmentConfig(flip=(0.0,), jitter=(0.0,), grayscale=(0.0,), blur=(0.0,), solarize=(0.0,))
+# Everything happens to some of the images.
+ALL = AugmentConfig(flip=(0.5,), jitter=(0.8,), grayscale=(0.2,), blur=(0.5, 0.9), solarize=(0.3, 0.5))
+# Views without normalization are easier to compare: one level of 255 is 1 / 255.
+PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+LEVEL = 1 / 255
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of torch that wait for a busy core make these small operations many times slower."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def configured(config: AugmentConfig, **changes: Any) -> AugmentConfig:
+    return replace(config, **changes)
+
+
+def random_batch(num: int, side: int, num_views: int = 2, *, epoch: int = 0, seed: int = 0) -> Batch:
+    """Random crops with some grey, black and white ones among them."""
+    generator = torch.Generator().manual_seed(seed)
+    views = torch.randint(0, 256, (num_views, num, side, side, 3), generator=generator, dtype=torch.uint8)
+    if num > 4:
+        views[:, 1] = views[:, 1, ..., :1]
+        views[:, 2], views[:, 3] = 0, 255
+    indices = torch.randperm(10 * num, generator=generator)[:num]
+    return Batch(views=views, labels=indices % 3, indices=indices, epoch=epoch)
+
+
+def pictures(num: int, side: int) -> Tensor:
+    """float32 [num, 3, side, side] in [0, 1]."""
+    return to_float(random_batch(num, side, 1).views[0])
+
+
+def part(batch: Batch, chosen: Any) -> Batch:
+    return replace(
+        batch, views=batch.views[:, chosen], labels=batch.labels[chosen], indices=batch.indices[chosen]
+    )  # fmt: skip
+
+
+def each(images: Tensor, parameters: Tensor, operation: Callable[[Tensor, float], Tensor]) -> Tensor:
+    return torch.stack([operation(image, p.item()) for image, p in zip(images, parameters, strict=True)])
+
+
+def assert_within_a_level(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < LEVEL
+
+
+# The operations
+
+SIDES = pytest.mark.parametrize("side", [1, 17, 32])
+
+
+@SIDES
+def test_flip_and_grayscale_are_torchvisions(side):
+    images = pictures(9, side)
+    assert torch.equal(module.horizontal_flip(images), F.horizontal_flip(images))
+    assert_within_a_level(module.grayscale(images), F.rgb_to_grayscale(images, num_output_channels=3))
+
+
+@SIDES
+@pytest.mark.parametrize(
+    ("operation", "reference"),
+    [
+        (module.BRIGHTNESS, F.adjust_brightness),
+        (module.CONTRAST, F.adjust_contrast),
+        (module.SATURATION, F.adjust_saturation),
+    ],
+)
+def test_brightness_contrast_and_saturation_are_torchvisions(side, operation, reference):
+    images = pictures(12, side)
+    factors = torch.linspace(0, 2, 12)
+    weights = module.blend_weights(torch.full((12,), operation), factors)
+    expected = each(images, factors, reference)
+    assert_within_a_level(module.blend(images.clone(), weights), expected)
+
+
+@SIDES
+def test_blending_for_a_turn_of_hue_changes_nothing(side):
+    images = pictures(12, side)
+    weights = module.blend_weights(torch.full((12,), module.HUE), torch.linspace(0, 2, 12))
+    assert torch.equal(module.blend(images.clone(), weights), images)
+
+
+@SIDES
+def test_hue_is_torchvisions(side):
+    images = pictures(21, side)
+    shifts = torch.linspace(-0.5, 0.5, 21)
+    assert_within_a_level(module.adjust_hue(images, shifts), each(images, shifts, F.adjust_hue))
+
+
+def test_hue_is_right_where_channels_are_equal_and_at_the_corners_of_the_cube():
+    values = torch.tensor([0.0, 0.5, 1.0])
+    colors = torch.cartesian_prod(values, values, values).T.reshape(1, 3, 3, 9).expand(21, -1, -1, -1)
+    shifts = torch.linspace(-0.5, 0.5, 21)
+    assert_within_a_level(module.adjust_hue(colors, shifts), each(colors, shifts, F.adjust_hue))
+
+
+@pytest.mark.parametrize(("side", "size"), [(4, 3), (17, 3), (32, 3), (32, 5), (33, 9), (224, 23)])
+def test_blur_is_torchvisions_with_reflect_padding(side, size):
+    images = pictures(5, side)
+    sigma = torch.tensor([0.1, 0.3, 0.8, 1.5, 2.0])
+    expected = each(images, sigma, lambda image, s: F.gaussian_blur(image, kernel_size=[size, size], sigma=[s, s]))
+    assert_within_a_level(module.gaussian_blur(images, sigma, size), expected)
+
+
+@pytest.mark.parametrize(("side", "size"), [(2, 3), (8, 3), (32, 3), (48, 5), (96, 9), (224, 23)])
+def test_the_blurs_kernel_is_the_odd_number_nearest_to_a_tenth_of_the_side(side, size):
+    assert module.blur_size(side) == size
+    assert abs(size - side / 10) <= 1 or size == 3
+
+
+@SIDES
+@pytest.mark.parametrize("threshold", [0.3, 0.5])
+def test_solarize_is_torchvisions(side, threshold):
+    images = pictures(9, side)
+    assert torch.equal(module.solarize(images, threshold), F.solarize(images, threshold))
+
+
+def test_normalize_is_torchvisions():
+    images = pictures(9, 17)
+    mean, std = AugmentConfig().mean, AugmentConfig().std
+    expected = F.normalize(images, list(mean), list(std))
+    assert_within_a_level(module.normalize(images, torch.tensor(mean), torch.tensor(std)), expected)
+
+
+def test_evaluation_normalizes_as_training_does():
+    batch = random_batch(6, 8)
+    views = to_normalized(batch.views, OFF, CPU)
+    assert views.shape == (2, 6, 3, 8, 8)
+    torch.testing.assert_close(views, Augment(OFF, seed=0)(batch, CPU).views)
+    expected = F.normalize(batch.views.movedim(-1, -3) / 255, list(OFF.mean), list(OFF.std))
+    torch.testing.assert_close(views, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_displayable_views_are_the_pictures_again():
+    batch = random_batch(6, 8)
+    assert torch.equal(to_displayable(to_normalized(batch.views, ALL, CPU), ALL), batch.views)
+    assert torch.equal(to_displayable(Augment(OFF, seed=0)(batch, CPU).views, OFF), batch.views)
+    beyond = torch.tensor([-9.0, 9.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    assert to_displayable(beyond, ALL).flatten().tolist() == [0, 0, 0, 255, 255, 255]
+
+
+# The whole chain
+
+
+def reference_view(image: Tensor, config: AugmentConfig, key: Tensor, view: int) -> Tensor:
+    """One view of `image` uint8 [S, S, 3] by torchvision's operations, drawn from `key` int64 [1]: [3, S, S]."""
+
+    def number(word: int) -> float:
+        return rng.unit(rng.fold(key, word)).item()
+
+    def happens(stream: Stream, probabilities: tuple[float, ...]) -> bool:
+        return number(stream) < probabilities[view % len(probabilities)]
+
+    side = image.shape[0]
+    out = image.permute(2, 0, 1) / 255
+    if happens(Stream.FLIP, config.flip):
+        out = F.horizontal_flip(out)
+    if happens(Stream.JITTER, config.jitter):
+        adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+        strengths = (config.brightness, config.contrast, config.saturation, config.hue)
+        for turn in sorted(range(4), key=lambda k: number(Stream.JITTER + 5 + k)):
+            low = -strengths[turn] if turn == 3 else 1 - strengths[turn]
+            high = strengths[turn] if turn == 3 else 1 + strengths[turn]
+            out = adjust[turn](out, low + (high - low) * number(Stream.JITTER + 1 + turn))
+    if happens(Stream.GRAYSCALE, config.grayscale):
+        out = F.rgb_to_grayscale(out, num_output_channels=3)
+    if happens(Stream.BLUR, config.blur) and side > 1:
+        low, high = config.blur_sigma
+        sigma = low + (high - low) * number(Stream.BLUR + 1)
+        size = max(3, 2 * round((side / 10 - 1) / 2) + 1)
+        out = F.gaussian_blur(out, kernel_size=[size, size], sigma=[sigma, sigma])
+    if happens(Stream.SOLARIZE, config.solarize):
+        out = F.solarize(out, config.solarize_threshold)
+    return F.normalize(out, list(config.mean), list(config.std))
+
+
+@pytest.mark.parametrize("side", [1, 2, 17, 32])
+def test_views_are_what_torchvision_makes_of_each_sample_with_its_own_parameters(side):
+    config = configured(ALL, **PLAIN)
+    batch = random_batch(40, side, epoch=4)
+    views = Augment(config, seed=9)(batch, CPU).views
+    for view in range(2):
+        for position, index in enumerate(batch.indices):
+            key = rng.sample_keys(9, 4, index.view(1), view)
+            expected = reference_view(batch.views[view, position], config, key, view)
+            assert_within_a_level(views[view, position], expected)
+
+
+def test_views_have_the_documented_shape_and_layout():
+    batch = random_batch(6, 8)
+    result = Augment(ALL, seed=0)(batch, CPU)
+    assert result.views.shape == (2, 6, 3, 8, 8)
+    assert result.views.dtype == torch.float32
+    assert result.views.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(result.labels, batch.labels)
+    assert torch.equal(result.indices, batch.indices)
+    assert result.epoch == batch.epoch
+    assert batch.views.dtype == torch.uint8
+
+
+def test_the_batch_it_was_given_stays_as_it_is():
+    batch = random_batch(20, 8)
+    copy = batch.views.clone()
+    Augment(ALL, seed=0)(batch, CPU)
+    assert torch.equal(batch.views, copy)
+
+
+@pytest.mark.parametrize("strength", ["brightness", "contrast", "saturation", "hue"])
+def test_a_jitter_of_one_strength_changes_that_alone(strength):
+    zeros: dict[str, Any] = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+    config = configured(OFF, jitter=(1.0,), **(zeros | {strength: 0.4}), **PLAIN)
+    batch = random_batch(10, 8)
+    views = Augment(config, seed=1)(batch, CPU).views
+    for view in range(2):
+        for position, index in enumerate(batch.indices):
+            key = rng.sample_keys(1, 0, index.view(1), view)
+            assert_within_a_level(views[view, position], reference_view(batch.views[view, position], config, key, view))
+    without = Augment(configured(OFF, jitter=(1.0,), **zeros, **PLAIN), seed=1)(batch, CPU).views
+    assert_within_a_level(without, to_normalized(batch.views, config, CPU))
+
+
+# Randomness
+
+
+@pytest.mark.parametrize("side", [1, 2, 17, 31, 32, 33, 96])
+def test_an_image_does_not_depend_on_the_batch_around_it(side):
+    augment = Augment(ALL, seed=2)
+    batch = random_batch(37, side)
+    views = augment(batch, CPU).views
+    shuffled = torch.from_numpy(rng.permutation(0, 0, 37))
+    assert torch.equal(augment(part(batch, shuffled), CPU).views, views[:, shuffled])
+    for chosen in (slice(0, 1), slice(5, 6), slice(36, 37), slice(0, 18), slice(18, 37), slice(3, 10)):
+        assert torch.equal(augment(part(batch, chosen), CPU).views, views[:, chosen])
+
+
+@pytest.mark.parametrize("side", [1, 17, 32, 33])
+def test_an_image_does_not_depend_on_the_chunks_or_torchs_threads(side, monkeypatch):
+    augment = Augment(ALL, seed=2)
+    batch = random_batch(37, side)
+    views = augment(batch, CPU).views
+    for values, threads in [(1, 1), (3 * side * side * 5, 2), (1 << 30, 1), (1 << 30, 3)]:
+        monkeypatch.setattr(module, "CPU_CHUNK_VALUES", values)
+        torch.set_num_threads(threads)
+        assert torch.equal(augment(batch, CPU).views, views)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_any_split_over_ranks_gives_the_same_views(num_ranks):
+    batch = random_batch(24, 32)
+    whole = Augment(ALL, seed=2)(batch, CPU).views
+    share = 24 // num_ranks
+    parts = [
+        Augment(ALL, seed=2)(part(batch, slice(rank * share, (rank + 1) * share)), CPU).views
+        for rank in range(num_ranks)
+    ]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+def test_views_are_a_pure_function_of_seed_epoch_index_and_view():
+    batch = random_batch(40, 16)
+    same = replace(batch, views=batch.views[:1].expand(2, -1, -1, -1, -1).contiguous())
+    augment = Augment(ALL, seed=2)
+    views = augment(same, CPU).views
+    torch.manual_seed(99)
+    assert torch.equal(augment(same, CPU).views, views)
+    assert torch.equal(Augment(ALL, seed=2)(same, CPU).views, views)
+
+    def num_equal(other: Tensor) -> int:
+        return int((other == views).flatten(2).all(-1).sum())
+
+    unlucky = 20  # of 80: those to which nothing or only a flip happens both times
+    assert num_equal(Augment(ALL, seed=3)(same, CPU).views) < unlucky
+    assert num_equal(augment(replace(same, epoch=1), CPU).views) < unlucky
+    assert num_equal(augment(replace(same, indices=same.indices + 1), CPU).views) < unlucky
+    assert num_equal(views.flip(0)) < unlucky
+
+
+PROBABILITIES = ["flip", "jitter", "grayscale", "blur", "solarize"]
+
+
+@pytest.mark.parametrize("name", PROBABILITIES)
+def test_probabilities_hold_for_each_view(name):
+    """At 0 and 1 exactly, in between to five standard deviations of 3,000 samples."""
+    num, wanted = 3000, (0.0, 0.3, 0.8, 1.0)
+    config = configured(OFF, num_views=4, blur_sigma=(1.0, 2.0), **{name: wanted}, **PLAIN)
+    image = torch.tensor([[[10, 60, 200], [90, 20, 30]], [[250, 140, 70], [5, 180, 110]]], dtype=torch.uint8)
+    views = image.expand(4, num, 2, 2, 3).contiguous()
+    batch = Batch(views=views, labels=torch.zeros(num, dtype=torch.int64), indices=torch.arange(num), epoch=0)
+    before = to_normalized(views, config, CPU)
+    changed = (Augment(config, seed=0)(batch, CPU).views - before).abs().flatten(2).amax(-1) > 1e-3
+    for view, probability in enumerate(wanted):
+        tolerance = 5 * math.sqrt(probability * (1 - probability) / num)
+        assert changed[view].float().mean().item() == pytest.approx(probability, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", PROBABILITIES)
+def test_one_probability_holds_for_all_views(name):
+    config = configured(OFF, num_views=3, **{name: (0.6,)})
+    each_view = configured(config, **{name: (0.6, 0.6, 0.6)})
+    batch = random_batch(30, 8, num_views=3)
+    assert torch.equal(Augment(config, seed=0)(batch, CPU).views, Augment(each_view, seed=0)(batch, CPU).views)
+
+
+def test_operations_are_chosen_independently_of_each_other():
+    num = 4000
+    batch = random_batch(num, 1)
+    config = configured(OFF, **dict.fromkeys(PROBABILITIES, (0.5,)))
+    chosen, numbers = Augment(config, seed=0)._draw(batch)
+    assert chosen.shape == (2 * num, 5)
+    assert numbers.shape == (2 * num, 9)
+    drawn = torch.cat([chosen[:num].float(), chosen[num:].float(), numbers[:num], numbers[num:]], dim=1)
+    correlations = torch.corrcoef(drawn.T) - torch.eye(drawn.shape[1])
+    assert correlations.abs().max() < 5 / math.sqrt(num)
+
+
+# CUDA
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("side", [1, 17, 32, 224])
+def test_cuda_gives_what_the_cpu_gives(side):
+    config = configured(ALL, **PLAIN)
+    batch = random_batch(40, side)
+    cuda = Augment(config, seed=2)(batch, torch.device("cuda"))
+    assert {tensor.device.type for tensor in (cuda.views, cuda.labels, cuda.indices)} == {"cuda"}
+    assert cuda.views.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert_within_a_level(cuda.views.cpu(), Augment(config, seed=2)(batch, CPU).views)
+    assert torch.equal(cuda.indices.cpu(), batch.indices)

@@ -1,0 +1,148 @@
+"""Configs: written to JSON and back without loss, compared by what they compute, never changed."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_contrastive.config import (
+    EXECUTION_FIELDS,
+    AugmentConfig,
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    EncoderConfig,
+    LaunchConfig,
+    OptimConfig,
+    ProbeConfig,
+    ProjectorConfig,
+    TrainConfig,
+    UserError,
+    differences,
+    flatten,
+    from_dict,
+    to_dict,
+)  # fmt: skip
+from dist_contrastive.methods import METHODS
+from dist_contrastive.methods.simclr import SimCLRConfig
+from dist_contrastive.recipes import RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_json_and_back(recipe: Callable[[], TrainConfig]) -> None:
+    config = recipe()
+    data = json.loads(json.dumps(to_dict(config)))
+    assert from_dict(TrainConfig, data, METHODS[config.method.name].Config) == config
+
+
+def test_from_dict_refuses_fields_that_it_does_not_know() -> None:
+    data = to_dict(RECIPES["photos"]())
+    data["optim"]["nesterov"] = True
+    with pytest.raises(UserError, match="nesterov"):
+        from_dict(TrainConfig, data, SimCLRConfig)
+
+
+def test_differences_names_the_fields_that_compute_something_else() -> None:
+    config = RECIPES["photos"]()
+    other = replace(config, seed=7, optim=replace(config.optim, learning_rate=0.5))
+    assert differences(to_dict(config), to_dict(config)) == []
+    assert differences(to_dict(config), to_dict(other)) == ["optim.learning_rate: 0.001 -> 0.5", "seed: 0 -> 7"]
+
+
+def test_differences_sees_a_field_that_only_one_side_has() -> None:
+    new = to_dict(RECIPES["photos"]())
+    old = {name: value for name, value in new.items() if name != "epochs"}
+    assert differences(old, new) == [f"epochs: None -> {new['epochs']}"]
+
+
+def test_execution_fields_exist_and_make_no_difference() -> None:
+    config = to_dict(RECIPES["photos"]())
+    assert set(EXECUTION_FIELDS) <= set(flatten(config))
+    other = json.loads(json.dumps(config))
+    for field in EXECUTION_FIELDS:
+        *sections, name = field.split(".")
+        place = other
+        for section in sections:
+            place = place[section]
+        place[name] = "something else"
+    assert differences(config, other) == []
+
+
+def parts(config: Any) -> Iterator[Any]:
+    """The dataclass and all dataclasses in it."""
+    yield config
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(value := getattr(config, field.name)):
+            yield from parts(value)
+
+
+def test_frozen() -> None:
+    for part in parts(RECIPES["photos"]()):
+        for field in dataclasses.fields(part):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(part, field.name, getattr(part, field.name))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("option", "build"),
+    [
+        ("--data.image-size", lambda: DataConfig(image_size=0)),
+        ("--data.eval-crop", lambda: DataConfig(eval_crop=1.1)),
+        ("--data.threads", lambda: DataConfig(threads=-1)),
+        ("--data.batches-ahead", lambda: DataConfig(batches_ahead=0)),
+        ("--data.timeout-s", lambda: DataConfig(timeout_s=NAN)),
+        ("--augment.num-views", lambda: AugmentConfig(num_views=0)),
+        ("--augment.flip", lambda: AugmentConfig(flip=(0.5, 0.5, 0.5))),
+        ("--augment.jitter", lambda: AugmentConfig(jitter=(1.5,))),
+        ("--augment.blur", lambda: AugmentConfig(blur=())),
+        ("--augment.contrast", lambda: AugmentConfig(contrast=-0.1)),
+        ("--augment.hue", lambda: AugmentConfig(hue=0.6)),
+        ("--augment.crop-scale", lambda: AugmentConfig(crop_scale=(0.5, 0.2))),
+        ("--augment.crop-ratio", lambda: AugmentConfig(crop_ratio=(0.0, 1.0))),
+        ("--augment.blur-sigma", lambda: AugmentConfig(blur_sigma=(2.0, 1.0))),
+        ("--augment.std", lambda: AugmentConfig(std=(0.2, 0.0, 0.2))),
+        ("--encoder.dropout", lambda: EncoderConfig(dropout=1.0)),
+        ("--method.projector.hidden-size", lambda: ProjectorConfig(hidden_size=-1)),
+        ("--method.projector.output-size", lambda: ProjectorConfig(output_size=0)),
+        ("--method.temperature", lambda: SimCLRConfig(temperature=0.0)),
+        ("--batch.global", lambda: BatchConfig(size=1)),
+        ("--optim.learning-rate", lambda: OptimConfig(learning_rate=NAN)),
+        ("--optim.weight-decay", lambda: OptimConfig(weight_decay=-1.0)),
+        ("--optim.momentum", lambda: OptimConfig(momentum=1.0)),
+        ("--optim.warmup-epochs", lambda: OptimConfig(warmup_epochs=-1.0)),
+        ("--optim.clip-norm", lambda: OptimConfig(clip_norm=-1.0)),
+        ("--probe.every", lambda: ProbeConfig(every=-1)),
+        ("--probe.knn-k", lambda: ProbeConfig(knn_k=0)),
+        ("--probe.knn-temperature", lambda: ProbeConfig(knn_temperature=0.0)),
+        ("--probe.strengths", lambda: ProbeConfig(strengths=())),
+        ("--probe.strengths", lambda: ProbeConfig(strengths=(0.1, 0.0))),
+        ("--probe.holdout", lambda: ProbeConfig(holdout=1.0)),
+        ("--checkpoint.every", lambda: CheckpointConfig(every=0)),
+        ("--checkpoint.keep", lambda: CheckpointConfig(keep=1)),
+        ("--launch.ranks", lambda: LaunchConfig(ranks=-1)),
+        ("--launch.timeout-minutes", lambda: LaunchConfig(timeout_minutes=0.0)),
+        ("--epochs", lambda: TrainConfig(method=SimCLRConfig(), epochs=0)),
+        ("--log-every", lambda: TrainConfig(method=SimCLRConfig(), log_every=0)),
+        ("--stop-after-steps", lambda: TrainConfig(method=SimCLRConfig(), stop_after_steps=-1)),
+        ("--seed", lambda: TrainConfig(method=SimCLRConfig(), seed=-1)),
+    ],
+)
+def test_a_wrong_value_is_refused_in_one_line_that_starts_with_its_option(
+    option: str, build: Callable[[], object], known_options: set[str]
+) -> None:
+    assert option in known_options
+    with pytest.raises(UserError) as caught:
+        build()
+    assert str(caught.value).startswith(option)
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_are_plain_text_in_json() -> None:
+    assert to_dict(DataConfig(path=Path("a/b.beton")))["path"] == "a/b.beton"

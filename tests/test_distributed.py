@@ -1,0 +1,147 @@
+"""What ranks exchange, on real gloo ranks and at one rank."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dist_contrastive import distributed
+from dist_contrastive.config import UserError
+from tests.harness import RankError, run_ranks
+
+RANKS = [1, 2, 4]
+
+
+def rows_of(rank: int, num_rows: int = 3) -> torch.Tensor:
+    return torch.randn(num_rows, 5, generator=torch.Generator().manual_seed(rank))
+
+
+def weights(rank: int, num_ranks: int) -> torch.Tensor:
+    """How a rank's loss weighs all ranks' rows."""
+    return torch.randn(3 * num_ranks, 5, generator=torch.Generator().manual_seed(100 + rank))
+
+
+def gather(rank: int, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
+    mine = rows_of(rank)
+    mine = (mine.T.contiguous().T if transposed else mine).requires_grad_()
+    everyone = distributed.gather_with_grad(mine)
+    # The square makes the gradient depend on what was gathered.
+    (weights(rank, distributed.world_size()) * everyone.square()).sum().backward()
+    assert mine.grad is not None
+    return everyone.detach().numpy(), mine.grad.numpy()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_gather_with_grad_sums_what_all_ranks_losses_send_back(num_ranks: int, transposed: bool) -> None:
+    outcomes = run_ranks(gather, num_ranks, transposed)
+    everyone = torch.cat([rows_of(rank) for rank in range(num_ranks)])
+    total = 2 * everyone * sum(weights(rank, num_ranks) for rank in range(num_ranks))
+    for rank, (gathered, gradient) in enumerate(outcomes):
+        np.testing.assert_array_equal(gathered, everyone.numpy())
+        np.testing.assert_allclose(gradient, total[3 * rank : 3 * rank + 3].numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_one_rank_makes_no_group_and_no_copy() -> None:
+    x = torch.randn(3, 2, requires_grad=True)
+    assert distributed.gather_with_grad(x) is x
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert (distributed.local_rank(), distributed.local_ranks()) == (0, 1)
+    assert distributed.broadcast_object(x) is x
+    assert distributed.together(lambda: 3) == 3
+    distributed.barrier()
+    distributed.shut_down()
+
+
+def who_am_i(rank: int) -> tuple[int, int, bool, int, int]:
+    d = distributed
+    return d.rank(), d.world_size(), d.is_main(), d.local_rank(), d.local_ranks()
+
+
+def test_ranks_know_who_they_are() -> None:
+    assert run_ranks(who_am_i, 2) == [(0, 2, True, 0, 2), (1, 2, False, 1, 2)]
+
+
+SHARES = {1: [3], 2: [0, 3], 4: [2, 5, 0, 1]}
+
+
+def gather_uneven(rank: int, dtype: torch.dtype) -> tuple[np.ndarray, bool]:
+    mine = rows_of(rank, SHARES[distributed.world_size()][rank]).requires_grad_()
+    everyone = distributed.all_gather_rows((mine * 10).to(dtype))
+    return everyone.numpy(), everyone.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_all_gather_rows_takes_uneven_shares_in_rank_order(num_ranks: int, dtype: torch.dtype) -> None:
+    parts = [(rows_of(rank, rows) * 10).to(dtype) for rank, rows in enumerate(SHARES[num_ranks])]
+    for gathered, requires_grad in run_ranks(gather_uneven, num_ranks, dtype):
+        np.testing.assert_array_equal(gathered, torch.cat(parts).numpy())
+        assert not requires_grad
+
+
+def sum_over_ranks(rank: int) -> tuple[np.ndarray, np.ndarray]:
+    mine = rows_of(rank).requires_grad_()
+    total = distributed.all_reduce_sum(mine.T)
+    assert not total.requires_grad
+    return mine.detach().numpy(), total.numpy()
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_all_reduce_sum_leaves_its_argument_alone(num_ranks: int) -> None:
+    for rank, (mine, total) in enumerate(run_ranks(sum_over_ranks, num_ranks)):
+        np.testing.assert_array_equal(mine, rows_of(rank).numpy())
+        np.testing.assert_allclose(
+            total.T, torch.stack([rows_of(r) for r in range(num_ranks)]).sum(0).numpy(), rtol=1e-5, atol=1e-6
+        )
+
+
+def call_together(rank: int, bad_ranks: list[int]) -> str:
+    def call() -> str:
+        if rank in bad_ranks:
+            raise UserError(f"rank {rank} can't")
+        return f"rank {rank} can"
+
+    try:
+        return distributed.together(call)
+    except UserError as error:
+        # The group still works: no rank is left waiting in another collective.
+        assert distributed.all_reduce_sum(torch.ones(1)) == distributed.world_size()
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("bad_ranks", "outcomes"),
+    [
+        ([], ["rank 0 can", "rank 1 can"]),
+        ([0], ["rank 0 can't", "rank 0 can't"]),
+        ([1], ["rank 1 can't", "rank 1 can't"]),
+        ([0, 1], ["rank 0 can't", "rank 1 can't"]),
+    ],
+)
+def test_together_raises_a_users_mistake_on_all_ranks(bad_ranks: list[int], outcomes: list[str]) -> None:
+    assert run_ranks(call_together, 2, bad_ranks) == outcomes
+
+
+def broadcast(rank: int) -> tuple[object, list[np.ndarray]]:
+    module = nn.BatchNorm1d(3)
+    for buffer in module.buffers():
+        buffer += rank
+    distributed.broadcast_buffers(module)
+    return distributed.broadcast_object({"from": rank}), [buffer.numpy() for buffer in module.buffers()]
+
+
+def test_rank_0_tells_the_others() -> None:
+    for value, buffers in run_ranks(broadcast, 2):
+        assert value == {"from": 0}
+        for buffer, expected in zip(buffers, nn.BatchNorm1d(3).buffers(), strict=True):
+            np.testing.assert_array_equal(buffer, expected.numpy())
+
+
+def fail_on_rank_1(rank: int) -> None:
+    assert rank == 0, "rank 1 fails"
+
+
+def test_the_harness_reports_a_failing_rank() -> None:
+    with pytest.raises(RankError, match=r"(?s)rank 1 of 2.*rank 1 fails"):
+        run_ranks(fail_on_rank_1, 2)

@@ -1,0 +1,92 @@
+"""Whatever goes wrong on one rank stops all of them, in time and with its own message."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_contrastive import distributed
+from dist_contrastive.batch import Batch
+from dist_contrastive.config import TrainConfig
+from dist_contrastive.data.beton import manifest_path, open_dataset
+from dist_contrastive.methods import METHODS
+from dist_contrastive.methods.base import Losses, Report
+from dist_contrastive.methods.simclr import SimCLR
+from dist_contrastive.train import train
+from dist_contrastive.trainer import NonFiniteError
+from tests.betons import jpeg, picture, write_beton
+from tests.harness import RankError, run_ranks
+from tests.runs import STEPS_PER_EPOCH, metrics_of, newest_checkpoint, tiny_config, train_on_rank, write_dataset
+
+BAD_STEP = STEPS_PER_EPOCH + 2
+
+
+def poison_loss(method: SimCLR, losses: Losses) -> None:
+    losses["loss"] = losses["loss"] * torch.nan
+
+
+def poison_gradient(method: SimCLR, losses: Losses) -> None:
+    def spoil(gradient: Tensor) -> Tensor:
+        return gradient * torch.nan
+
+    next(method.encoder.parameters()).register_hook(spoil)
+
+
+def train_with_poison(rank: int, config: TrainConfig, poison: Callable[[SimCLR, Losses], None]) -> tuple[str, bool]:
+    """Train with `poison` on rank 1 at step BAD_STEP; this rank's error, and whether its weights stayed as they were."""
+    before: dict[str, Tensor] = {}
+    methods = []
+
+    class Poisoned(SimCLR):
+        calls = 0
+
+        def forward(self, batch: Batch) -> tuple[Losses, Report]:
+            losses, report = super().forward(batch)
+            self.calls += 1
+            if self.calls == BAD_STEP:
+                methods.append(self)
+                before.update({name: p.detach().clone() for name, p in self.named_parameters()})
+                if distributed.rank() == 1:
+                    poison(self, losses)
+            return losses, report
+
+    METHODS["simclr"] = Poisoned
+    try:
+        train(config)
+    except NonFiniteError as error:
+        (method,) = methods
+        return str(error), all(torch.equal(p, before[name]) for name, p in method.named_parameters())
+    raise AssertionError("the run went on")
+
+
+@pytest.mark.parametrize(
+    ("poison", "what"), [(poison_loss, "the loss is not finite on rank(s) [1]"), (poison_gradient, "the gradient")]
+)
+def test_a_nan_on_one_rank_stops_all_before_the_update(
+    poison: Callable[[SimCLR, Losses], None], what: str, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path / "run", write_dataset(tmp_path), norm="group")
+    for message, unchanged in run_ranks(train_with_poison, 2, config, poison):
+        assert message.startswith(f"step {BAD_STEP}: {what}")
+        assert f"step-{STEPS_PER_EPOCH:08d}" in message
+        assert unchanged
+    assert newest_checkpoint(config.run_dir).step == STEPS_PER_EPOCH
+    assert metrics_of(config.run_dir)[-1]["step"] == BAD_STEP - 1
+
+
+def test_an_error_in_a_loaders_thread_ends_the_run_as_itself(tmp_path: Path) -> None:
+    path = write_beton(tmp_path / "bad.beton", [jpeg(picture(24, 24, seed)) for seed in range(40)], num_test=4)
+    dataset = open_dataset(path)
+    content = bytearray(path.read_bytes())
+    content[dataset.pointers[7] : dataset.pointers[7] + dataset.sizes[7]] = bytes(int(dataset.sizes[7]))
+    path.write_bytes(content)
+    manifest = json.loads(manifest_path(path).read_text())
+    manifest_path(path).write_text(json.dumps({**manifest, "sha256": hashlib.sha256(content).hexdigest()}))
+    config = tiny_config(tmp_path / "run", path)
+    with pytest.raises(RankError, match=r"sample 7 of .* is not a readable JPEG"):
+        run_ranks(train_on_rank, 2, replace(config, batch=replace(config.batch, size=36)))

@@ -1,0 +1,517 @@
+"""The loader's contracts: order, crops, pixels, ownership, errors, threads."""
+
+import gc
+import itertools
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as F
+
+from dist_contrastive import rng
+from dist_contrastive.batch import Batch
+from dist_contrastive.config import AugmentConfig, DataConfig, UserError
+from dist_contrastive.data import loader
+from dist_contrastive.data.beton import TEST, TRAIN, Dataset, open_dataset
+from dist_contrastive.data.loader import Epoch, eval_pass, fair_threads, random_boxes, train_epoch
+from tests.betons import decoded, jpeg, picture, write_beton
+
+SHAPES = [(32, 32), (48, 31), (64, 200), (5, 90), (1, 1), (7, 1), (150, 120), (33, 47), (1, 9), (16, 16)]
+NUM_SAMPLES, NUM_TEST = 53, 7
+GLOBAL_BATCH = 12
+SIZE = 24
+DATA = DataConfig(image_size=SIZE, timeout_s=60)
+AUGMENT = AugmentConfig(num_views=2)
+# Levels of 255. FFCV asks libjpeg-turbo for its fast transform, Pillow for the accurate one: about one level apart on
+# average and a few at most at the qualities that are tested (75 to 90).
+JPEG_TOLERANCE = 6
+
+
+def sources() -> list[np.ndarray | bytes]:
+    """Pictures of all shapes, every third stored as a JPEG."""
+    pictures = [picture(*SHAPES[i % len(SHAPES)], seed=i) for i in range(NUM_SAMPLES)]
+    return [jpeg(image) if i % 3 == 0 else image for i, image in enumerate(pictures)]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return open_dataset(write_beton(tmp_path_factory.mktemp("mixed") / "mixed.beton", sources(), num_test=NUM_TEST))
+
+
+@pytest.fixture(scope="module")
+def pixels() -> list[np.ndarray]:
+    """What Pillow makes of each sample, uint8 [H, W, 3]."""
+    return [decoded(image) if isinstance(image, bytes) else image for image in sources()]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """200 raw samples of 16 × 16."""
+    images = [picture(16, 16, seed=i) for i in range(200)]
+    return open_dataset(write_beton(tmp_path_factory.mktemp("small") / "small.beton", images))
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    """Holds for every test here: once it is over, so are the loader's threads."""
+    assert loader_threads() == []
+    yield
+    assert loader_threads() == []
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader-")]
+
+
+def epoch_of(dataset: Dataset, data: DataConfig = DATA, augment: AugmentConfig = AUGMENT, **options: Any) -> Epoch:
+    defaults = {"seed": 0, "epoch": 0, "global_batch": GLOBAL_BATCH, "rank": 0, "num_ranks": 1, "threads": 2}
+    return train_epoch(dataset, data, augment, **(defaults | options))
+
+
+def global_batches(dataset: Dataset, num_ranks: int = 1, **options: Any) -> list[Batch]:
+    """The ranks' batches of each step side by side."""
+    of_ranks = [list(epoch_of(dataset, rank=rank, num_ranks=num_ranks, **options)) for rank in range(num_ranks)]
+    return [
+        Batch(
+            views=torch.cat([batch.views for batch in batches], dim=1),
+            labels=torch.cat([batch.labels for batch in batches]),
+            indices=torch.cat([batch.indices for batch in batches]),
+            epoch=batches[0].epoch,
+        )
+        for batches in zip(*of_ranks, strict=True)
+    ]
+
+
+def assert_same(found: list[Batch], expected: list[Batch]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.indices, theirs.indices)
+        assert torch.equal(ours.labels, theirs.labels)
+        assert torch.equal(ours.views, theirs.views)
+
+
+def resized_by_torchvision(image: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
+    """The crop `box` of `image` uint8 [H, W, 3], resized in float: [S, S, 3]."""
+    top, left, height, width = (int(number) for number in box)
+    planes = torch.from_numpy(image).permute(2, 0, 1).float()
+    bilinear = InterpolationMode.BILINEAR
+    resized = F.resized_crop(planes, top, left, height, width, [size, size], interpolation=bilinear, antialias=True)
+    return resized.permute(1, 2, 0).numpy()
+
+
+# Order
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_an_epoch_is_the_global_permutation_sliced_by_step_and_rank(dataset, num_ranks):
+    train = dataset.indices(TRAIN)
+    order = train[rng.permutation(3, 5, len(train))]
+    per_rank = GLOBAL_BATCH // num_ranks
+    for rank in range(num_ranks):
+        batches = list(epoch_of(dataset, seed=3, epoch=5, rank=rank, num_ranks=num_ranks))
+        assert len(batches) == len(train) // GLOBAL_BATCH
+        for step, batch in enumerate(batches):
+            start = step * GLOBAL_BATCH + rank * per_rank
+            np.testing.assert_array_equal(batch.indices, order[start : start + per_rank])
+            np.testing.assert_array_equal(batch.labels, dataset.labels[batch.indices])
+            assert batch.views.shape == (2, per_rank, SIZE, SIZE, 3)
+            assert batch.views.dtype == torch.uint8
+            assert batch.labels.dtype == batch.indices.dtype == torch.int64
+            assert batch.epoch == 5
+
+
+def test_only_the_incomplete_last_batch_is_dropped_and_no_sample_comes_twice(dataset):
+    seen = torch.cat([batch.indices for batch in global_batches(dataset, num_ranks=2)]).tolist()
+    num_train = NUM_SAMPLES - NUM_TEST
+    assert len(seen) == len(set(seen)) == num_train // GLOBAL_BATCH * GLOBAL_BATCH
+    assert set(seen) <= set(dataset.indices(TRAIN).tolist())
+    # Where the batch divides the epoch, all of it comes.
+    exact = torch.cat([batch.indices for batch in epoch_of(dataset, global_batch=2)])
+    np.testing.assert_array_equal(exact.sort().values, dataset.indices(TRAIN))
+
+
+def test_threads_and_ranks_change_no_pixel(dataset):
+    expected = global_batches(dataset, threads=1)
+    for num_ranks, threads in [(1, 2), (1, 4), (2, 1), (4, 2)]:
+        assert_same(global_batches(dataset, num_ranks, threads=threads), expected)
+
+
+@pytest.mark.parametrize(("start_step", "num_ranks"), [(1, 1), (2, 2), (3, 4)])
+def test_a_start_in_mid_epoch_gives_what_the_whole_epoch_gives_there(dataset, start_step, num_ranks):
+    whole = global_batches(dataset)
+    rest = global_batches(dataset, num_ranks, start_step=start_step)
+    assert len(rest) == len(whole) - start_step
+    assert_same(rest, whole[start_step:])
+
+
+def test_a_start_at_the_epochs_end_gives_nothing(dataset):
+    assert list(epoch_of(dataset, start_step=(NUM_SAMPLES - NUM_TEST) // GLOBAL_BATCH)) == []
+
+
+def test_the_length_is_what_is_still_to_come(dataset):
+    with epoch_of(dataset) as epoch:
+        lengths = [len(epoch)] + [len(epoch) for _ in epoch]
+    assert lengths == [3, 2, 1, 0]
+    assert epoch.wait_ms >= 0
+
+
+# Crops
+
+
+def test_crops_and_order_differ_by_seed_and_epoch(dataset):
+    first = global_batches(dataset)
+    assert_same(global_batches(dataset), first)
+    for options in ({"seed": 1}, {"epoch": 1}):
+        for batch, other in zip(first, global_batches(dataset, **options), strict=True):
+            assert not torch.equal(batch.indices, other.indices)
+
+
+def test_a_samples_boxes_differ_by_seed_epoch_and_view_and_depend_on_nothing_else(small):
+    samples = np.arange(200)
+    boxes = random_boxes(small, AUGMENT, seed=0, epoch=0, samples=samples)
+
+    def share_equal(one: np.ndarray, other: np.ndarray) -> float:
+        return float(np.mean(np.all(one == other, axis=-1)))
+
+    assert boxes.shape == (2, 200, 4)
+    assert share_equal(boxes[0], boxes[1]) < 0.05
+    assert share_equal(boxes, random_boxes(small, AUGMENT, seed=1, epoch=0, samples=samples)) < 0.05
+    assert share_equal(boxes, random_boxes(small, AUGMENT, seed=0, epoch=1, samples=samples)) < 0.05
+    some = np.array([150, 3, 77])
+    np.testing.assert_array_equal(random_boxes(small, AUGMENT, seed=0, epoch=0, samples=some), boxes[:, some])
+    more_views = random_boxes(small, AugmentConfig(num_views=5), seed=0, epoch=0, samples=samples)
+    np.testing.assert_array_equal(more_views[:2], boxes)
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.5, 0.6)])
+@pytest.mark.parametrize("shape", [(32, 32), (64, 200), (150, 120)])
+def test_boxes_are_distributed_as_torchvisions(dataset, shape, scale):
+    """Two-sample Kolmogorov-Smirnov tests of area, aspect ratio and place against 2,000 of torchvision's boxes."""
+    height, width = shape
+    augment = AugmentConfig(num_views=2000, crop_scale=scale)
+    sample = np.array([SHAPES.index(shape)])
+    ours = random_boxes(dataset, augment, seed=0, epoch=0, samples=sample)[:, 0]
+    assert np.all(ours[:, :2] >= 0)
+    assert np.all(ours[:, 2:] >= 1)
+    assert np.all(ours[:, 0] + ours[:, 2] <= height)
+    assert np.all(ours[:, 1] + ours[:, 3] <= width)
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(augment.crop_ratio)) for _ in ours])
+    for name, value in {
+        "area": lambda b: b[:, 2] * b[:, 3],
+        "aspect": lambda b: b[:, 3] / b[:, 2],
+        "top": lambda b: b[:, 0],
+        "left": lambda b: b[:, 1],
+        "top of its room": lambda b: b[:, 0] / np.maximum(1, height - b[:, 2]),
+    }.items():
+        assert stats.ks_2samp(value(ours), value(theirs)).pvalue > 1e-4, name
+    # A try is refused only where the box would not fit, so area and ratio keep to their limits but for rounding.
+    if shape == (32, 32):
+        area = ours[:, 2] * ours[:, 3] / (height * width)
+        assert scale[0] - 0.05 < area.min() < area.max() < scale[1] + 0.05
+        assert 0.6 < (ours[:, 3] / ours[:, 2]).min() < (ours[:, 3] / ours[:, 2]).max() < 1.6
+
+
+@pytest.mark.parametrize("shape", [(5, 90), (7, 1), (1, 9), (1, 1)])
+def test_where_no_try_fits_the_box_is_torchvisions_centred_one(dataset, shape):
+    augment = AugmentConfig(num_views=20, crop_scale=(1.0, 1.0))
+    boxes = random_boxes(dataset, augment, seed=0, epoch=0, samples=np.array([SHAPES.index(shape)]))
+    expected = RandomResizedCrop.get_params(torch.empty(3, *shape), [1.0, 1.0], list(augment.crop_ratio))
+    if shape[1] == 1:  # torchvision's crop of a column has no pixel left once its width is rounded
+        expected = tuple(max(number, floor) for number, floor in zip(expected, (0, 0, 1, 1), strict=True))
+    np.testing.assert_array_equal(boxes[:, 0], np.broadcast_to(expected, (20, 4)))
+
+
+# Pixels
+
+
+@pytest.mark.parametrize("size", [1, 7, 24, 64])
+def test_views_are_torchvisions_antialiased_bilinear_crops(dataset, pixels, size):
+    """Raw images to the rounding; JPEGs within the decoder's tolerance of Pillow's pixels."""
+    worst = {0: 0.0, 1: 0.0}
+    for batch in epoch_of(dataset, DataConfig(image_size=size), seed=size):
+        samples = batch.indices.numpy()
+        boxes = random_boxes(dataset, AUGMENT, seed=size, epoch=0, samples=samples)
+        for view, position in itertools.product(range(2), range(len(samples))):
+            sample = samples[position]
+            expected = resized_by_torchvision(pixels[sample], boxes[view, position], size)
+            error = np.abs(batch.views[view, position].numpy() - expected).max()
+            kind = int(dataset.is_jpeg[sample])
+            worst[kind] = max(worst[kind], error)
+    assert worst[0] < 0.51
+    assert worst[1] < JPEG_TOLERANCE
+
+
+def test_raw_images_are_copied_exactly_where_nothing_is_resized(dataset, pixels):
+    raw = [i for i in range(NUM_SAMPLES) if pixels[i].shape == (16, 16, 3) and dataset.is_jpeg[i] == 0]
+    (batch,) = eval_pass(dataset, DataConfig(image_size=16), np.array(raw), batch_size=50, threads=2)
+    np.testing.assert_array_equal(batch.views[0], np.stack([pixels[i] for i in raw]))
+
+
+def test_jpegs_are_decoded_as_pillow_does(tmp_path):
+    encoded = [jpeg(picture(40, 40, seed), quality) for seed in range(6) for quality in (75, 90)]
+    encoded.append(jpeg(np.full((40, 40, 3), 200, np.uint8)))
+    encoded.append(jpeg(picture(40, 40, 9)[:, :, 0]))  # one channel becomes three
+    dataset = open_dataset(write_beton(tmp_path / "jpeg.beton", encoded))
+    (batch,) = eval_pass(dataset, DataConfig(image_size=40), np.arange(len(encoded)), batch_size=50, threads=2)
+    for view, data in zip(batch.views[0].numpy(), encoded, strict=True):
+        expected = decoded(data)
+        difference = np.abs(view.astype(int) - (expected if expected.ndim == 3 else expected[..., None]))
+        assert difference.max() <= JPEG_TOLERANCE
+        assert difference.mean() < 1.3
+
+
+def test_an_image_of_one_pixel_fills_its_views(tmp_path):
+    color = np.array([[[7, 100, 250]]], np.uint8)
+    dataset = open_dataset(write_beton(tmp_path / "pixel.beton", [color] * 4))
+    for batch in (*epoch_of(dataset, global_batch=4), *eval_pass(dataset, DATA, np.arange(4), batch_size=4, threads=1)):
+        assert torch.equal(batch.views, torch.from_numpy(color[0, 0]).expand_as(batch.views))
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("batch_size", [1, 10, 53, 100])
+def test_an_eval_pass_gives_all_indices_in_order_and_the_rest_at_last(dataset, batch_size):
+    indices = np.arange(NUM_SAMPLES)[::-1]
+    batches = list(eval_pass(dataset, DATA, indices, batch_size=batch_size, threads=2))
+    sizes = [len(batch.indices) for batch in batches]
+    assert sizes == [len(part) for part in np.split(indices, range(batch_size, NUM_SAMPLES, batch_size))]
+    np.testing.assert_array_equal(torch.cat([batch.indices for batch in batches]), indices)
+    np.testing.assert_array_equal(torch.cat([batch.labels for batch in batches]), dataset.labels[indices])
+    assert {tuple(batch.views.shape) for batch in batches} == {(1, size, SIZE, SIZE, 3) for size in sizes}
+
+
+def test_an_eval_pass_over_nothing_gives_nothing(dataset):
+    assert list(eval_pass(dataset, DATA, np.array([], np.int64), batch_size=4, threads=1)) == []
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.875])
+def test_evaluation_sees_the_centred_square(dataset, pixels, fraction):
+    test = dataset.indices(TEST)
+    data = DataConfig(image_size=SIZE, eval_crop=fraction)
+    views = torch.cat([batch.views[0] for batch in eval_pass(dataset, data, test, batch_size=3, threads=2)])
+    for view, sample in zip(views, test, strict=True):
+        height, width = pixels[sample].shape[:2]
+        side = max(1, round(fraction * min(height, width)))
+        box = np.array([(height - side) // 2, (width - side) // 2, side, side])
+        expected = resized_by_torchvision(pixels[sample], box, SIZE)
+        assert np.abs(view.numpy() - expected).max() < (JPEG_TOLERANCE if dataset.is_jpeg[sample] else 0.51)
+
+
+# Ownership
+
+
+def test_a_retained_batch_is_not_overwritten(dataset):
+    indices = np.arange(NUM_SAMPLES)
+    retained, copies = [], []
+    for batch in itertools.chain(epoch_of(dataset), eval_pass(dataset, DATA, indices, batch_size=8, threads=2)):
+        retained.append(batch)
+        copies.append(Batch(batch.views.clone(), batch.labels.clone(), batch.indices.clone(), batch.epoch))
+    assert_same(retained, copies)
+
+
+def test_a_batch_shares_no_memory_with_what_comes_later(dataset):
+    indices = np.arange(NUM_SAMPLES)
+    labels = dataset.labels.copy()
+    expected = [batch.views.clone() for batch in eval_pass(dataset, DATA, indices, batch_size=8, threads=2)]
+    for batch, views in zip(eval_pass(dataset, DATA, indices, batch_size=8, threads=2), expected, strict=True):
+        assert torch.equal(batch.views, views)
+        for tensor in (batch.views, batch.labels, batch.indices):
+            tensor.zero_()
+    np.testing.assert_array_equal(indices, np.arange(NUM_SAMPLES))
+    np.testing.assert_array_equal(dataset.labels, labels)
+
+
+# Errors
+
+
+def epoch_with_boxes(dataset: Dataset, boxes: Any, timeout_s: float = 60) -> Epoch:
+    """An epoch of one-sample batches over the small dataset, whose threads call `boxes`."""
+    return Epoch(
+        dataset, DataConfig(image_size=8, timeout_s=timeout_s), lambda k: np.array([k]), boxes, epoch=0, num_views=1,
+        first_batch=0, num_batches=10, threads=2, pin_memory=False,
+    )  # fmt: skip
+
+
+def whole_image(samples: np.ndarray) -> np.ndarray:
+    return np.tile(np.array([0, 0, 16, 16]), (1, len(samples), 1))
+
+
+@pytest.mark.parametrize("cut", [0.6, 0.9])
+def test_a_corrupt_jpeg_is_named(tmp_path, cut):
+    images: list[np.ndarray | bytes] = [jpeg(picture(64, 64, seed)) for seed in range(12)]
+    whole = images[5]
+    assert isinstance(whole, bytes)
+    images[5] = whole[: int(cut * len(whole))]
+    dataset = open_dataset(write_beton(tmp_path / "corrupt.beton", images))
+    epoch = eval_pass(dataset, DATA, np.arange(12), batch_size=2, threads=2)
+    np.testing.assert_array_equal(next(epoch).indices, [0, 1])
+    np.testing.assert_array_equal(next(epoch).indices, [2, 3])
+    with pytest.raises(RuntimeError, match=r"sample 5 of .*corrupt\.beton is not a readable JPEG"):
+        next(epoch)
+    assert loader_threads() == []
+    with pytest.raises(StopIteration):
+        next(epoch)
+
+
+def test_a_threads_error_reaches_the_consumer_as_itself(small):
+    error = ZeroDivisionError("a fault of the boxes")
+
+    def boxes(samples: np.ndarray) -> np.ndarray:
+        if samples[0] == 3:
+            raise error
+        return whole_image(samples)
+
+    epoch = epoch_with_boxes(small, boxes)
+    seen: list[Batch] = []
+    with pytest.raises(ZeroDivisionError) as caught:
+        seen.extend(epoch)
+    assert caught.value is error
+    assert loader_threads() == []
+
+
+def test_a_wait_has_a_bound(small):
+    assert len(list(epoch_with_boxes(small, whole_image))) == 10  # compiles before the clock matters
+    release = threading.Event()
+
+    def boxes(samples: np.ndarray) -> np.ndarray:
+        if samples[0] == 1:
+            release.wait(60)
+        return whole_image(samples)
+
+    # The stuck thread is let go once the consumer has given up on it, so that close() can join it.
+    epoch = epoch_with_boxes(small, boxes, timeout_s=0.5)
+    assert next(epoch).indices.item() == 0
+    timer = threading.Timer(1.5, release.set)
+    timer.start()
+    with pytest.raises(TimeoutError, match=r"no batch within 0\.5 s"):
+        next(epoch)
+    timer.join()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"global_batch": 47}, "more than the 46 training samples"),
+        ({"global_batch": 10, "num_ranks": 4}, "can't be shared equally by 4 ranks: give a multiple of 4"),
+    ],
+)
+def test_a_batch_that_can_not_be_made_is_the_users_error(dataset, options, words):
+    with pytest.raises(UserError, match=words) as caught:
+        epoch_of(dataset, **options)
+    assert "\n" not in str(caught.value)
+    assert f"--batch.global {options['global_batch']} " in str(caught.value)
+
+
+def test_the_largest_batch_is_the_training_split(dataset):
+    (batch,) = epoch_of(dataset, global_batch=NUM_SAMPLES - NUM_TEST)
+    np.testing.assert_array_equal(batch.indices.sort().values, dataset.indices(TRAIN))
+
+
+# Threads
+
+
+def test_threads_end_with_a_full_iteration(dataset):
+    epoch = epoch_of(dataset, threads=3)
+    assert len(loader_threads()) == 3
+    assert len(list(epoch)) == 3
+    assert loader_threads() == []
+    epoch.close()
+
+
+def test_threads_end_with_the_last_batch_before_the_loop_asks_for_more(dataset):
+    epoch = epoch_of(dataset)
+    for _ in range(len(epoch)):
+        next(epoch)
+    assert loader_threads() == []
+
+
+def test_threads_end_when_the_block_is_left_early(dataset):
+    with epoch_of(dataset) as epoch:
+        for _ in epoch:
+            break
+    assert loader_threads() == []
+    assert len(epoch) == 0
+    assert list(epoch) == []
+
+
+def test_threads_end_when_the_consumer_fails_in_the_block(dataset):
+    with pytest.raises(KeyError, match="the consumer's"), epoch_of(dataset) as epoch:  # noqa: PT012 - the with is meant
+        next(epoch)
+        raise KeyError("the consumer's")
+    assert loader_threads() == []
+
+
+def test_threads_end_when_the_last_reference_is_dropped(dataset):
+    epoch = epoch_of(dataset)
+    next(epoch)
+    assert len(loader_threads()) == 2
+    del epoch
+    assert loader_threads() == []
+
+
+def test_an_epoch_within_a_circle_of_references_ends_too(dataset):
+    circle: list[Any] = [epoch_of(dataset)]
+    circle.append(circle)
+    del circle
+    gc.collect()
+    assert loader_threads() == []
+
+
+def test_an_error_in_the_order_ends_the_threads(small):
+    def batches(number: int) -> np.ndarray:
+        return np.array([[0], [1], [2], [10**6]][number])
+
+    epoch = Epoch(
+        small, DataConfig(image_size=8, batches_ahead=2), batches, whole_image, epoch=0, num_views=1,
+        first_batch=0, num_batches=4, threads=2, pin_memory=False,
+    )  # fmt: skip
+    assert next(epoch).indices.item() == 0
+    with pytest.raises(IndexError):
+        next(epoch)
+    assert loader_threads() == []
+
+
+def test_fair_threads_share_the_usable_cores():
+    cores = len(os.sched_getaffinity(0))
+    assert fair_threads(0, 1) == cores
+    assert fair_threads(0, 2) == max(1, cores // 2)
+    assert fair_threads(0, 1000) == 1
+    assert fair_threads(5, 1000) == 5
+
+
+def test_packed_file_is_not_needed_by_name_once_it_is_open(tmp_path: Path):
+    """Samples are read from the mapped file: replacing the path while a run reads it changes nothing."""
+    images = [picture(16, 16, seed) for seed in range(8)]
+    path = write_beton(tmp_path / "a.beton", images)
+    dataset = open_dataset(path)
+    path.unlink()
+    (batch,) = eval_pass(dataset, DataConfig(image_size=16), np.arange(8), batch_size=8, threads=1)
+    np.testing.assert_array_equal(batch.views[0], np.stack(images))
+
+
+def test_close_does_not_wait_for_ever_for_a_stuck_thread(small, monkeypatch):
+    monkeypatch.setattr(loader, "JOIN_TIMEOUT_S", 0.2)
+    begun, release = threading.Event(), threading.Event()
+
+    def boxes(samples: np.ndarray) -> np.ndarray:
+        begun.set()
+        release.wait(60)
+        return whole_image(samples)
+
+    epoch = epoch_with_boxes(small, boxes)
+    assert begun.wait(60)
+    epoch.close()
+    stuck = loader_threads()
+    assert stuck
+    release.set()
+    for thread in stuck:
+        thread.join(60)

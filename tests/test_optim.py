@@ -1,0 +1,103 @@
+"""Parameter groups, the three optimizers and the learning rate, against their definitions."""
+
+import itertools
+import math
+from typing import Literal
+
+import pytest
+import torch
+from torch import nn
+
+from dist_contrastive.config import EncoderConfig, OptimConfig, ProjectorConfig
+from dist_contrastive.models.encoders import build_encoder
+from dist_contrastive.models.heads import build_projector
+from dist_contrastive.optim import build_optimizer, parameter_groups, peak_learning_rate
+from dist_contrastive.schedules import learning_rate
+
+DECAY, RATE, TRUST = 0.5, 0.1, 0.001  # LARS's trust coefficient, You et al. 2017
+
+
+def model() -> nn.Sequential:
+    encoder = build_encoder(EncoderConfig(name="resnet10_w16"), 32)
+    return nn.Sequential(encoder, build_projector(ProjectorConfig(layers=3), encoder.feature_size, "batch"))
+
+
+def test_weight_decay_leaves_biases_and_normalization_alone() -> None:
+    module = model()
+    frozen = next(module[1].parameters())
+    frozen.requires_grad_(False)
+    decayed, free = parameter_groups(module, 0.1)
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+    weights = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    assert {id(p) for p in decayed["params"]} == weights - {id(frozen)}
+    grouped = [id(p) for group in (decayed, free) for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in module.parameters() if p.requires_grad)
+
+
+def step_once(
+    name: Literal["adamw", "sgd", "lars"], decay: float = DECAY, momentum: float = 0.9
+) -> dict[str, torch.Tensor]:
+    """A linear layer before (`w`, `b`), its gradients (`gw`, `gb`), and after one step (`w1`, `b1`)."""
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 4)
+    optimizer = build_optimizer(OptimConfig(name=name, weight_decay=decay, momentum=momentum), layer)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.0]  # the loop's part
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
+    layer.weight.grad, layer.bias.grad = torch.randn(4, 3), torch.randn(4)
+    before = {"w": layer.weight.detach().clone(), "b": layer.bias.detach().clone()}
+    before |= {"gw": layer.weight.grad.clone(), "gb": layer.bias.grad.clone()}
+    optimizer.step()
+    return {**before, "w1": layer.weight.detach(), "b1": layer.bias.detach()}
+
+
+def test_sgd_is_torchs_with_weight_decay_on_matrices_alone() -> None:
+    t = step_once("sgd")
+    torch.testing.assert_close(t["w1"], t["w"] - RATE * (t["gw"] + DECAY * t["w"]))
+    torch.testing.assert_close(t["b1"], t["b"] - RATE * t["gb"])
+
+
+def test_adamw_decays_apart_from_the_gradient() -> None:
+    t = step_once("adamw")
+    # At the first step both moments are the gradient's, corrected: the update is the gradient's sign.
+    torch.testing.assert_close(t["w1"], t["w"] * (1 - RATE * DECAY) - RATE * t["gw"].sign(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(t["b1"], t["b"] - RATE * t["gb"].sign(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [DECAY, 0.0])
+def test_lars_adapts_matrices_and_leaves_biases_to_plain_momentum(decay: float) -> None:
+    t = step_once("lars", decay)
+    trust = TRUST * t["w"].norm() / (t["gw"].norm() + decay * t["w"].norm())
+    torch.testing.assert_close(t["w1"], t["w"] - RATE * trust * (t["gw"] + decay * t["w"]))
+    torch.testing.assert_close(t["b1"], t["b"] - RATE * t["gb"])
+
+
+def test_momentum_is_what_the_config_says() -> None:
+    layer = nn.Linear(2, 2)
+    groups = {
+        name: build_optimizer(OptimConfig(name=name, momentum=0.7), layer).param_groups for name in ("sgd", "lars")
+    }
+    assert all(group["momentum"] == 0.7 for both in groups.values() for group in both)
+    assert all(g["betas"] == (0.7, 0.999) for g in build_optimizer(OptimConfig(momentum=0.7), layer).param_groups)
+
+
+@pytest.mark.parametrize(("batch", "peak"), [(256, 0.3), (4096, 4.8), (64, 0.075)])
+def test_the_peak_scales_with_the_batch(batch: int, peak: float) -> None:
+    assert peak_learning_rate(OptimConfig(learning_rate=0.3), batch) == pytest.approx(peak)
+
+
+def test_the_schedule_warms_up_linearly_and_ends_at_zero_as_a_half_cosine() -> None:
+    rates = [learning_rate(step, total_steps=110, warmup_steps=10, peak=2.0) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[10] == 2.0
+    assert rates[60] == pytest.approx(1.0)
+    assert rates[35] == pytest.approx(2.0 * (1 + math.cos(math.pi / 4)) / 2)
+    assert rates[110] == pytest.approx(0.0, abs=1e-12)
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[10:]))
+
+
+def test_the_schedule_without_warm_up_and_past_its_end() -> None:
+    assert learning_rate(0, total_steps=10, warmup_steps=0, peak=2.0) == 2.0
+    assert learning_rate(12, total_steps=10, warmup_steps=0, peak=2.0) == pytest.approx(0.0, abs=1e-12)
+    # A warm-up as long as the run never comes down.
+    assert [learning_rate(s, total_steps=2, warmup_steps=2, peak=2.0) for s in range(2)] == [1.0, 2.0]

@@ -1,0 +1,422 @@
+"""Packing: what is stored, what is left out, and that a dataset is whole or not there."""
+
+import json
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import ffcv.reader
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_contrastive.cli import parse
+from dist_contrastive.config import DataConfig, UserError
+from dist_contrastive.data.beton import TEST, TRAIN, Dataset, manifest_path, open_dataset
+from dist_contrastive.data.loader import eval_pass
+from dist_contrastive.data.packing import BadImageError, read_rgb, write_dataset
+from dist_contrastive.data.sources import Sample, Source, open_source
+from dist_contrastive.pack import PackConfig, main
+from tests.betons import picture
+
+
+def make_folder(folder: Path, *, side: int = 16, num: int = 4) -> Path:
+    """Two classes with `num` square PNG files each."""
+    for label, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        for number in range(num):
+            Image.fromarray(picture(side, side, 10 * label + number)).save(folder / name / f"{number}.png")
+    return folder
+
+
+def pack_folder(folder: Path, out: Path, *, max_side: int = 512, max_bad: int = 0, workers: int = 0) -> Dataset:
+    write_dataset(open_source(f"folder:{folder}"), out, max_side=max_side, max_bad=max_bad, workers=workers)
+    return open_dataset(out)
+
+
+def array_source(*images: np.ndarray) -> Source:
+    """Images in two classes, the last of them in the test split."""
+    last = len(images) - 1
+    samples = [Sample(f"image {n}", n % 2, TEST if n == last else TRAIN, image) for n, image in enumerate(images)]
+    return Source("arrays", ("even", "odd"), tuple(samples))
+
+
+def stored(dataset: Dataset, index: int) -> bytes:
+    start = dataset.pointers[index]
+    return dataset.file_bytes[start : start + dataset.sizes[index]].tobytes()
+
+
+def test_the_loader_gives_the_pixels_and_labels_that_were_packed(tmp_path: Path) -> None:
+    images = [picture(32, 32, seed) for seed in range(9)]
+    manifest = write_dataset(array_source(*images), tmp_path / "x.beton")
+    dataset = open_dataset(tmp_path / "x.beton")
+    assert dataset.manifest == manifest
+    assert (manifest.num_samples, manifest.num_train, manifest.num_test, manifest.num_jpeg) == (9, 8, 1, 0)
+    assert list(dataset.indices(TEST)) == [8]
+    with eval_pass(dataset, DataConfig(image_size=32), np.arange(9), batch_size=9, threads=1) as batches:
+        batch = next(batches)
+    assert np.array_equal(batch.views[0].numpy(), np.stack(images))
+    assert batch.labels.tolist() == [n % 2 for n in range(9)]
+
+
+def test_mean_and_std_are_those_of_the_training_pixels(tmp_path: Path) -> None:
+    images = [picture(8, 20, 1), picture(30, 9, 2), picture(5, 5, 3)]
+    manifest = write_dataset(array_source(*images), tmp_path / "x.beton")
+    pixels = np.concatenate([image.reshape(-1, 3) for image in images[:2]]) / 255
+    np.testing.assert_allclose(manifest.mean, pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(manifest.std, pixels.std(0), rtol=1e-12)
+
+
+def test_small_images_are_raw_and_others_jpegs_of_at_most_the_given_side(tmp_path: Path) -> None:
+    images = [picture(64, 64, 1), picture(64, 65, 2), picture(300, 150, 3), picture(40, 400, 4)]
+    write_dataset(array_source(*images), tmp_path / "x.beton", max_side=200)
+    dataset = open_dataset(tmp_path / "x.beton")
+    assert dataset.is_jpeg.tolist() == [0, 1, 1, 0]
+    shapes = list(zip(dataset.heights.tolist(), dataset.widths.tolist(), strict=True))
+    assert shapes == [(64, 64), (64, 65), (200, 100), (20, 200)]
+    assert stored(dataset, 0) == images[0].tobytes()
+
+
+def test_jpegs_look_like_their_source_and_quality_counts(tmp_path: Path) -> None:
+    image = np.asarray(Image.fromarray(picture(4, 4, 1)).resize((96, 96)))
+    sizes = {}
+    for quality in (50, 90):
+        write_dataset(array_source(image, image), tmp_path / "x.beton", quality=quality)
+        dataset = open_dataset(tmp_path / "x.beton")
+        sizes[quality] = int(dataset.sizes[0])
+        with eval_pass(dataset, DataConfig(image_size=96), np.arange(2), batch_size=2, threads=1) as batches:
+            difference = next(batches).views[0, 0].numpy().astype(int) - image
+        assert np.abs(difference).mean() < 3
+    assert sizes[50] < sizes[90]
+
+
+def test_one_pixel_images_go_through_packing_and_loader(tmp_path: Path) -> None:
+    pixel = np.array([[[10, 200, 30]]], np.uint8)
+    write_dataset(array_source(pixel, pixel, pixel), tmp_path / "x.beton")
+    dataset = open_dataset(tmp_path / "x.beton")
+    with eval_pass(dataset, DataConfig(image_size=4), np.arange(3), batch_size=3, threads=1) as batches:
+        views = next(batches).views.numpy()
+    assert np.array_equal(views, np.broadcast_to(pixel, (1, 3, 4, 4, 3)))
+
+
+def test_the_bytes_do_not_depend_on_workers_or_run(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images", side=80, num=40)
+    for name, workers in (("a", 1), ("b", 4), ("c", 4)):
+        pack_folder(folder, tmp_path / f"{name}.beton", workers=workers)
+    contents = [(tmp_path / f"{name}.beton").read_bytes() for name in "abc"]
+    manifests = [manifest_path(tmp_path / f"{name}.beton").read_text() for name in "abc"]
+    assert contents[0] == contents[1] == contents[2]
+    assert manifests[0] == manifests[1] == manifests[2]
+
+
+def test_photos_are_packed_in_full(tmp_path: Path) -> None:
+    source = open_source("photos")
+    manifest = write_dataset(source, tmp_path / "x.beton")
+    dataset = open_dataset(tmp_path / "x.beton")
+    assert (manifest.num_train, manifest.num_test, manifest.num_jpeg, manifest.left_out) == (7600, 1900, 0, ())
+    assert manifest.classes == source.classes
+    for index in range(0, 9500, 97):
+        sample = source.samples[index]
+        assert isinstance(sample.image, np.ndarray)
+        assert stored(dataset, index) == sample.image.tobytes()
+        assert (dataset.labels[index], dataset.splits[index]) == (sample.label, sample.split)
+
+
+def test_ffcv_itself_opens_the_file(tmp_path: Path) -> None:
+    dataset = pack_folder(make_folder(tmp_path / "images"), tmp_path / "x.beton")
+    reader = ffcv.reader.Reader(str(dataset.path))
+    assert reader.num_samples == 8
+    assert list(reader.handlers) == ["image", "label", "split"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "expected"),
+    [
+        ("L", 77, (77, 77, 77)),
+        ("1", 1, (255, 255, 255)),
+        ("I;16", 65535, (255, 255, 255)),
+        ("I;16", 25700, (100, 100, 100)),
+        ("RGBA", (200, 100, 0, 0), (255, 255, 255)),
+        ("RGBA", (200, 100, 0, 255), (200, 100, 0)),
+        ("LA", (0, 0), (255, 255, 255)),
+    ],
+)
+def test_modes_become_rgb(tmp_path: Path, mode: str, value: int | tuple[int, ...], expected: tuple[int, ...]) -> None:
+    Image.new(mode, (5, 3), value).save(tmp_path / "x.png")
+    image = read_rgb(tmp_path / "x.png")
+    assert (image.mode, image.size) == ("RGB", (5, 3))
+    assert image.getpixel((2, 1)) == expected
+
+
+def test_cmyk_palettes_and_16_bit_tiff_become_rgb(tmp_path: Path) -> None:
+    Image.new("CMYK", (32, 32), (255, 0, 0, 0)).save(tmp_path / "x.jpg", quality=100)
+    cyan = read_rgb(tmp_path / "x.jpg")
+    assert cyan.mode == "RGB"
+    np.testing.assert_allclose(np.asarray(cyan)[9, 9], (0, 255, 255), atol=2)
+
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.save(tmp_path / "opaque.png")
+    palette.save(tmp_path / "clear.gif", transparency=1)
+    assert read_rgb(tmp_path / "opaque.png").getpixel((0, 0)) == (10, 20, 30)
+    assert read_rgb(tmp_path / "clear.gif").getpixel((0, 0)) == (255, 255, 255)
+
+    Image.new("I;16", (4, 4), 32896).save(tmp_path / "x.tiff")
+    assert read_rgb(tmp_path / "x.tiff").getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_exif_orientation_turns_the_image_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: rotate by 270 degrees
+    Image.fromarray(picture(20, 30, 0)).save(tmp_path / "x.jpg", exif=exif)
+    assert read_rgb(tmp_path / "x.jpg").size == (20, 30)
+
+
+def truncated_jpeg(path: Path) -> None:
+    Image.fromarray(picture(64, 64, 0)).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def truncated_png(path: Path) -> None:
+    Image.fromarray(picture(64, 64, 0)).save(path, "PNG")
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def bomb(path: Path) -> None:
+    """A few bytes that say they are 400 million pixels."""
+    Image.new("RGB", (1, 1)).save(path, "BMP")
+    content = bytearray(path.read_bytes())
+    content[18:26] = struct.pack("<ii", 20000, 20000)  # width and height
+    path.write_bytes(content)
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (lambda path: path.touch(), "empty file"),
+    "text": (lambda path: path.write_text("notes"), "not an image"),
+    "truncated_jpeg": (truncated_jpeg, "unreadable: image file is truncated"),
+    "truncated_png": (truncated_png, "unreadable: "),
+    "header_only": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n"), "unreadable: |not an image"),
+    "dangling_link": (lambda path: path.symlink_to("nowhere"), "unreadable: No such file"),
+    "bomb": (bomb, "more than 178956970 pixels"),
+    "float_tiff": (lambda path: Image.new("F", (4, 4)).save(path, "TIFF"), "no fixed range"),
+    "postscript": (lambda path: Image.new("RGB", (4, 4)).save(path, "EPS"), "not an image"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_bad_file_has_a_reason(tmp_path: Path, kind: str) -> None:
+    write, reason = BAD_FILES[kind]
+    write(tmp_path / "x")
+    with pytest.raises(BadImageError, match=reason):
+        read_rgb(tmp_path / "x")
+
+
+def test_bad_images_are_left_out_and_listed(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images")
+    good = pack_folder(folder, tmp_path / "good.beton")
+    (folder / "cat" / "notes.txt").write_text("notes")
+    truncated_jpeg(folder / "dog" / "broken.jpg")
+    dataset = pack_folder(folder, tmp_path / "x.beton", max_bad=2)
+    listed = {bad.name: bad.reason for bad in dataset.manifest.left_out}
+    assert set(listed) == {"cat/notes.txt", "dog/broken.jpg"}
+    assert "truncated" in listed["dog/broken.jpg"]
+    assert dataset.num_samples == good.num_samples
+
+
+def test_more_bad_images_than_allowed_write_nothing(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images")
+    for number in range(9):
+        (folder / "cat" / f"bad{number}.jpg").touch()
+    with pytest.raises(UserError, match=r"more than 8 images.*cat/bad\d\.jpg \(empty file\); .*--max-bad"):
+        pack_folder(folder, tmp_path / "out" / "x.beton", max_bad=8)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert pack_folder(folder, tmp_path / "out" / "x.beton", max_bad=9).num_samples == 8
+
+
+def test_a_class_without_a_readable_image_is_refused(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images")
+    (folder / "docs").mkdir()
+    (folder / "cat" / "bad.png").touch()
+    (folder / "docs" / "README.md").write_text("notes")
+    with pytest.raises(UserError, match=r"class docs .*no readable image.*docs/README.md, not an image"):
+        pack_folder(folder, tmp_path / "x.beton", max_bad=2)
+
+
+def test_no_image_to_train_on_is_refused(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images")
+    (folder / "train").mkdir()
+    (folder / "test").mkdir()
+    for name in ("cat", "dog"):
+        (folder / name).rename(folder / "test" / name)
+    with pytest.raises(UserError, match="no class folders"):
+        pack_folder(folder, tmp_path / "x.beton")
+    (folder / "train" / "cat").mkdir()
+    (folder / "train" / "cat" / "bad.jpg").touch()
+    with pytest.raises(UserError, match="no readable image to train on"):
+        pack_folder(folder, tmp_path / "x.beton", max_bad=1)
+
+
+def test_an_interruption_leaves_what_was_there_before(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images")
+    out = tmp_path / "out" / "x.beton"
+    calls = 0
+
+    def interrupt() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(open_source(f"folder:{folder}"), out, on_sample=interrupt)
+    assert list(out.parent.iterdir()) == []
+
+    before = pack_folder(folder, out).manifest
+    calls = 0
+    with pytest.raises(KeyboardInterrupt):
+        write_dataset(open_source(f"folder:{folder}"), out, max_side=8, on_sample=interrupt)
+    assert open_dataset(out).manifest == before
+    assert sorted(path.name for path in out.parent.iterdir()) == ["x.beton", "x.beton.json"]
+
+
+def test_packing_again_replaces_the_dataset(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images")
+    out = tmp_path / "x.beton"
+    before = pack_folder(folder, out)
+    kept = stored(before, 0)
+    assert pack_folder(folder, out, max_side=8).manifest.largest_width == 8
+    assert stored(before, 0) == kept  # who has the old file open keeps it
+
+
+def test_a_new_file_is_never_beside_the_old_manifest(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images")
+    out = tmp_path / "x.beton"
+    pack_folder(folder, out)
+    old = out.read_bytes()
+    (tmp_path / ".x.beton.json.incomplete").mkdir()  # where the new manifest would be written
+    with pytest.raises(UserError, match="can't be written"):
+        pack_folder(folder, out, max_side=8)
+    assert out.read_bytes() != old
+    with pytest.raises(UserError, match="no manifest"):
+        open_dataset(out)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    source = array_source(*(picture(64, 64, seed) for seed in range(64)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((8 << 20) + 100_000, limits[1]))  # images start at 8 MiB
+    try:
+        with pytest.raises(UserError, match=r"x\.beton can't be written: .*make room"):
+            write_dataset(source, tmp_path / "x.beton")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_can_not_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "x.beton", Path("/proc/x.beton")):
+        with pytest.raises(UserError, match="can't be written"):
+            write_dataset(array_source(picture(4, 4, 0), picture(4, 4, 1)), out)
+
+
+def damage_missing(path: Path) -> None:
+    path.unlink()
+
+
+def damage_truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_altered(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-2000] ^= 1
+    path.write_bytes(content)
+
+
+def damage_no_manifest(path: Path) -> None:
+    manifest_path(path).unlink()
+
+
+def damage_foreign_manifest(path: Path) -> None:
+    other = pack_folder(make_folder(path.parent / "others", side=20), path.with_name("other.beton"))
+    shutil.copy(manifest_path(other.path), manifest_path(path))
+
+
+def damage_format(path: Path) -> None:
+    beside = manifest_path(path)
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"format": 0}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_missing, "no packed dataset at"),
+        (damage_truncated, "truncated or replaced"),
+        (damage_altered, "was altered"),
+        (damage_no_manifest, "no manifest"),
+        (damage_foreign_manifest, "its manifest"),
+        (damage_format, "format 0"),
+    ],
+)
+def test_a_dataset_that_is_not_what_was_packed_is_refused(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    path = pack_folder(make_folder(tmp_path / "images"), tmp_path / "x.beton").path
+    damage(path)
+    with pytest.raises(UserError, match=message) as caught:
+        open_dataset(path)
+    assert "\n" not in str(caught.value)
+    assert "dist_contrastive.pack" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["photos", "x.jpg"], r"ends in \.beton"),
+        (["folder:images"], "where to"),
+        (["photos", "x.beton", "--quality", "0"], "--quality"),
+        (["photos", "x.beton", "--max-side", "0"], "--max-side"),
+        (["photos", "x.beton", "--max-bad", "-1"], "--max-bad"),
+        (["photos", "x.beton", "--workers", "-1"], "--workers"),
+        (["photos", "x.beton", "more"], "unexpected argument"),
+        (["photos", "x.beton", "--qualty", "9"], r"did you mean --quality"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main(argv)
+
+
+def test_the_place_follows_the_source_where_none_is_given() -> None:
+    assert parse(PackConfig, []).out_path == Path("data/photos.beton")
+    assert parse(PackConfig, ["cifar10:somewhere"]).out_path == Path("data/cifar10.beton")
+
+
+def test_the_command_packs_and_says_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path / "images")
+    (folder / "cat" / "notes.txt").write_text("notes")
+    main([f"folder:{folder}", str(tmp_path / "x.beton"), "--max-bad", "1"])
+    output = capsys.readouterr()
+    assert "8 samples (6 to train, 2 to test), 2 classes, 1 left out" in output.out
+    assert output.err.splitlines() == ["left out: cat/notes.txt: not an image (JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM)"]
+    assert open_dataset(tmp_path / "x.beton").num_samples == 8
+
+
+def test_missing_ffcv_ends_the_command_with_status_2_and_one_line(tmp_path: Path) -> None:
+    program = (
+        "import runpy, sys\n"
+        "sys.modules['ffcv'] = None\n"
+        f"sys.argv[1:] = ['folder:none', {str(tmp_path / 'x.beton')!r}]\n"
+        "runpy.run_module('dist_contrastive.pack', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: FFCV can't be loaded")
+    assert done.stderr.count("\n") == 1
+    assert "apt-get install libopencv-dev libturbojpeg0-dev" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,71 @@
+"""Recipes: each says what it is for and builds, and the command line they share changes only deliberately."""
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import dist_contrastive
+from dist_contrastive.config import TrainConfig
+from dist_contrastive.methods import METHODS
+from dist_contrastive.recipes import DEFAULT_RECIPE, RECIPES
+from dist_contrastive.trainer import build_method
+
+# The command line. What is added or renamed here is added or renamed for everybody's scripts.
+OPTIONS = set(
+    """
+--help --recipe --run-dir --seed --epochs --resume --overwrite --no-overwrite --stop-after-steps --log-every
+--method.name --method.projector.layers --method.projector.hidden-size --method.projector.output-size
+--data.path --data.image-size --data.eval-crop --data.threads --data.batches-ahead --data.timeout-s
+--augment.num-views --augment.crop-scale --augment.crop-ratio --augment.flip --augment.jitter --augment.brightness
+--augment.contrast --augment.saturation --augment.hue --augment.grayscale --augment.blur --augment.blur-sigma
+--augment.solarize --augment.solarize-threshold --augment.mean --augment.std
+--encoder.name --encoder.stem --encoder.norm --encoder.dropout
+--batch.global
+--optim.name --optim.learning-rate --optim.weight-decay --optim.momentum --optim.warmup-epochs --optim.clip-norm
+--probe.enabled --probe.no-enabled --probe.every --probe.knn-k --probe.knn-temperature --probe.strengths --probe.holdout
+--checkpoint.every --checkpoint.keep
+--launch.ranks --launch.device --launch.precision --launch.timeout-minutes
+""".split()  # noqa: SIM905 - a list of strings would be a page long
+)
+METHOD_OPTIONS = {"simclr": {"--method.temperature"}}
+
+each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+
+
+def test_the_command_line_is_frozen(known_options: set[str]) -> None:
+    method = RECIPES[DEFAULT_RECIPE]().method.name
+    assert known_options == OPTIONS | METHOD_OPTIONS[method]
+
+
+@each_recipe
+def test_a_recipe_knows_its_name_and_has_a_folder_of_its_own(recipe: Callable[[], TrainConfig]) -> None:
+    config = recipe()
+    assert RECIPES[config.recipe] is recipe
+    assert config.run_dir == Path("runs") / config.recipe
+    assert (config.resume, config.overwrite, config.stop_after_steps) == ("auto", False, 0)
+
+
+@each_recipe
+def test_a_recipe_builds(recipe: Callable[[], TrainConfig]) -> None:
+    config = recipe()
+    method = build_method(config)
+    assert type(method) is METHODS[config.method.name]
+    assert config.augment.num_views >= method.min_views
+    assert config.optim.warmup_epochs < config.epochs
+    assert config.probe.every < config.epochs
+
+
+@each_recipe
+def test_the_docstring_states_command_cost_score_and_source(recipe: Callable[[], TrainConfig]) -> None:
+    text = inspect.getdoc(recipe) or ""
+    for name in ("Command", "Cost", "Score", "Source"):
+        assert re.search(rf"^{name}: +\S", text, re.MULTILINE), f"{recipe.__name__}'s docstring has no line {name}:"
+    command = re.search(r"^Command: +(.*)$", text, re.MULTILINE)
+    assert command
+    words = command[1].split()
+    assert words[-3:] == ["-m", "dist_contrastive.train", recipe.__name__]
+    config_file = Path(dist_contrastive.__file__).parents[1] / words[words.index("--config_file") + 1]
+    assert config_file.is_file()

@@ -1,0 +1,96 @@
+"""The randomness and checkpoint contracts on whole runs: parity of world sizes, and resuming as if nothing had happened."""
+
+import secrets
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_contrastive.config import ProbeConfig
+from tests.harness import run_ranks
+from tests.runs import (
+    STEPS_PER_EPOCH,
+    assert_same_state,
+    losses_of,
+    metrics_of,
+    newest_checkpoint,
+    tiny_config,
+    train_on_rank,
+    write_dataset,
+)  # fmt: skip
+
+LAST_STEP = 3 * STEPS_PER_EPOCH - 1
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def losses_at_one_rank(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The first 20 losses of the tiny run with GroupNorm at one rank."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    run_ranks(train_on_rank, 1, tiny_config(run_dir, dataset, norm="group", stop_after_steps=20))
+    return losses_of(run_dir)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_more_ranks_follow_one(num_ranks: int, dataset: Path, losses_at_one_rank: list[float], tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", dataset, norm="group", stop_after_steps=20)
+    run_ranks(train_on_rank, num_ranks, config)
+    assert len(losses_at_one_rank) == 20
+    np.testing.assert_allclose(losses_of(config.run_dir), losses_at_one_rank, rtol=0, atol=1e-4)
+
+
+def test_the_losses_move(losses_at_one_rank: list[float]) -> None:
+    """Parity would be cheap between runs that stand still."""
+    assert np.ptp(losses_at_one_rank) > 0.1
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(num_ranks: int, dataset: Path, tmp_path: Path) -> None:
+    # In mid-epoch, anywhere but at an epoch's end: k is drawn anew each time, and named where the test fails.
+    k = secrets.choice([k for k in range(1, LAST_STEP) if k % STEPS_PER_EPOCH])
+    probe = ProbeConfig(every=1, knn_k=5, strengths=(1e-2,))
+    whole = tiny_config(tmp_path / "whole", dataset, stop_after_steps=LAST_STEP, probe=probe)
+    run_ranks(train_on_rank, num_ranks, whole)
+    parts = tiny_config(tmp_path / "parts", dataset, stop_after_steps=k, probe=probe)
+    run_ranks(train_on_rank, num_ranks, parts)
+    assert newest_checkpoint(parts.run_dir).step == k
+    run_ranks(train_on_rank, num_ranks, replace(parts, stop_after_steps=LAST_STEP))
+    assert_same_state(newest_checkpoint(parts.run_dir), newest_checkpoint(whole.run_dir))
+    assert metrics_of(parts.run_dir) == metrics_of(whole.run_dir), f"k = {k}"
+    assert [line["step"] for line in metrics_of(parts.run_dir)] == list(range(1, LAST_STEP + 1))
+
+
+def test_a_stop_at_an_epochs_end_leaves_its_probe_in(dataset: Path, tmp_path: Path) -> None:
+    probe = ProbeConfig(every=1, knn_k=5, strengths=(1e-2,))
+    config = tiny_config(tmp_path / "run", dataset, stop_after_steps=STEPS_PER_EPOCH, probe=probe)
+    run_ranks(train_on_rank, 1, config)
+    (entry,) = newest_checkpoint(config.run_dir).state["extra"]["scores"]["history"]
+    assert (entry["epoch"], entry["step"]) == (1, STEPS_PER_EPOCH)
+
+
+def test_two_ranks_go_on_from_one(dataset: Path, losses_at_one_rank: list[float], tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", dataset, norm="group", stop_after_steps=8)
+    run_ranks(train_on_rank, 1, config)
+    run_ranks(train_on_rank, 2, replace(config, stop_after_steps=20))
+    np.testing.assert_allclose(losses_of(config.run_dir), losses_at_one_rank, rtol=0, atol=1e-4)
+
+
+def test_an_altered_newest_checkpoint_makes_it_go_on_from_the_one_before(dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", dataset, stop_after_steps=LAST_STEP)
+    whole = replace(config, run_dir=tmp_path / "whole")
+    run_ranks(train_on_rank, 1, whole)
+    run_ranks(train_on_rank, 1, replace(config, stop_after_steps=STEPS_PER_EPOCH + 2))
+    damaged = newest_checkpoint(config.run_dir).path / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    with pytest.warns(UserWarning, match="skipping a bad checkpoint"):
+        assert newest_checkpoint(config.run_dir).step == STEPS_PER_EPOCH
+    run_ranks(train_on_rank, 1, config)
+    assert_same_state(newest_checkpoint(config.run_dir), newest_checkpoint(whole.run_dir))
+    assert metrics_of(config.run_dir) == metrics_of(whole.run_dir)
