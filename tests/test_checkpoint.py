@@ -336,6 +336,9 @@ def test_a_killed_process_leaves_good_checkpoints_only(tmp_path: Path) -> None:
         assert newest > 2
         assert found.state == {"step": newest}
         assert len([step for step in store.steps() if step <= newest]) >= 2
+    # The next one to be written clears away what was half written.
+    store.save(newest + 1, tensors(newest + 1), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [store.path(newest).name, store.path(newest + 1).name]
 
 
 # --- opening one runs no code -----------------------------------------------------------------------------------------
