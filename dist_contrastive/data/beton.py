@@ -15,12 +15,17 @@ from typing import BinaryIO
 
 import llvmlite.binding
 import numba
+import numba.typed
 import numpy as np
 
 from dist_contrastive.config import UserError, require
 
 DECODE_SYMBOL = "dist_contrastive_imdecode"
 
+# FFCV keeps two constants in a numba dictionary, for which every process would compile for five seconds. Its compiled code
+# never sees the dictionary, so a plain one serves, for the time of this import alone.
+_numba_dict = numba.typed.Dict
+numba.typed.Dict = dict
 try:
     import ffcv.libffcv
     import ffcv.reader
@@ -34,6 +39,8 @@ else:
     _ffcv_error = None
     # Registering is cheap and has to happen in each process before compiled code that was kept on disk is loaded.
     llvmlite.binding.add_symbol(DECODE_SYMBOL, ctypes.cast(ffcv.libffcv.lib.imdecode, ctypes.c_void_p).value)
+finally:
+    numba.typed.Dict = _numba_dict
 
 TRAIN, TEST = 0, 1
 """Values of the field `split`."""

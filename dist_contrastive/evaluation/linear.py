@@ -11,7 +11,7 @@ hundreds of times the variance of the median one), and a plain L-BFGS crawls. Th
 - Logits are linear along a direction, so a line search over cached logits touches the features not once. One iteration
   costs two passes over the features, however many trial steps it takes.
 - The path of strengths runs from strong to weak, each fit started from the one before, and ends once the accuracy on
-  the held-out part has clearly fallen.
+  the held-out part has clearly fallen, or no longer grows.
 """
 
 from collections import deque
@@ -29,6 +29,10 @@ from dist_contrastive.config import require
 MAX_ITERATIONS = 200
 TOLERANCE = 1e-4
 """A fit has converged when the estimated gap to the minimum is below this part of the objective."""
+PATH_TOLERANCE = 1e-3
+"""The same for the fits that only choose the strength."""
+PATIENCE = 2
+"""The path of strengths ends once as many in a row were no better on the held-out part than the best before them."""
 HISTORY = 10
 EXACT_SIZE = 512
 """Up to this feature size all principal directions precondition the fit; above it, the leading `BASIS_SIZE`."""
@@ -303,7 +307,7 @@ def linear_probe(
     test_y = torch.where(classes[place] == test_y, place, -1)
 
     path = sorted(strengths, reverse=True)
-    chosen, chosen_fit, best, iterations = path[0], None, None, 0
+    chosen, chosen_fit, best, iterations, num_worse = path[0], None, None, 0, 0
     held = holdout_mask(train_y, holdout, seed).to(train_x.device)
     if held.any():
         fit_x, held_x = _standardise(train_x[~held], train_x[held])
@@ -313,14 +317,18 @@ def linear_probe(
         for strength in path:
             fit = fit_logistic(
                 fit_x, fit_y, num_classes=num_classes, strength=strength, start=fit, directions=directions,
-                tolerance=tolerance, max_iterations=max_iterations,
+                tolerance=max(tolerance, PATH_TOLERANCE), max_iterations=max_iterations,
             )  # fmt: skip
             iterations += fit.iterations
             top1 = _accuracy(fit, held_x, held_y)
             if best is None or top1 > best:
                 chosen, chosen_fit, best = strength, fit, top1
-            elif top1 < best - (best * (1 - best) / len(held_y)) ** 0.5:  # by more than one standard error
-                break
+                num_worse = 0
+            else:
+                num_worse += 1
+                by_a_standard_error = top1 < best - (best * (1 - best) / len(held_y)) ** 0.5
+                if by_a_standard_error or num_worse == PATIENCE:
+                    break
         del fit_x, held_x
     train_x, test_x = _standardise(train_x, test_x)
     final = fit_logistic(
