@@ -23,18 +23,24 @@ def connect(config: TrainConfig) -> Accelerator:
     """The Accelerator of this rank, checked; `UserError` where what was launched is not what was asked for."""
     wanted = config.launch
     use_cpu = wanted.device == "cpu" or (wanted.device == "auto" and not torch.cuda.is_available())
-    require(wanted.device != "cuda" or torch.cuda.is_available(), "--launch.device cuda: torch sees no CUDA device here")
+    require(
+        wanted.device != "cuda" or torch.cuda.is_available(), "--launch.device cuda: torch sees no CUDA device here"
+    )
     precision: str = wanted.precision
     if precision == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        require(launched in PRECISIONS, f"mixed precision {launched} of the launch is not supported; use no, bf16 or fp16")
+        require(
+            launched in PRECISIONS, f"mixed precision {launched} of the launch is not supported; use no, bf16 or fp16"
+        )
         precision = PRECISIONS[launched]
     use_cpu = use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if use_cpu:
         require(precision != "fp16", "fp16 needs a GPU; on a CPU use --launch.precision bf16 or fp32")
         require(config.encoder.norm != "sync", "--encoder.norm sync needs GPUs; on CPUs use batch or group")
     else:
-        require(precision != "bf16" or torch.cuda.is_bf16_supported(), "this GPU has no bf16; use --launch.precision fp16")
+        require(
+            precision != "bf16" or torch.cuda.is_bf16_supported(), "this GPU has no bf16; use --launch.precision fp16"
+        )
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision=ACCELERATE_NAMES[precision],
@@ -71,7 +77,9 @@ def _check(config: TrainConfig, accelerator: Accelerator, use_cpu: bool) -> None
         if dist.get_backend() != backend:
             raise UserError(f"the ranks talk over {dist.get_backend()}, not {backend}; check the launch config")
     if config.batch.size % ranks:
-        raise UserError(f"--batch.global {config.batch.size} can't be shared by {ranks} ranks; give a multiple of {ranks}")
+        raise UserError(
+            f"--batch.global {config.batch.size} can't be shared by {ranks} ranks; give a multiple of {ranks}"
+        )
 
 
 def precision_of(accelerator: Accelerator) -> str:
@@ -95,7 +103,9 @@ def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
         machine["gpu"] = torch.cuda.get_device_name()
         machine["gpu_memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
     machine["python"] = platform.python_version()
-    machine.update({name: version(name) for name in ("torch", "accelerate", "ffcv", "timm", "numba", "dist_contrastive")})
+    machine.update(
+        {name: version(name) for name in ("torch", "accelerate", "ffcv", "timm", "numba", "dist_contrastive")}
+    )
     return machine
 
 

@@ -47,7 +47,9 @@ class Trainer:
         stopping: whether the ranks have agreed to stop (a signal reached one of them).
     """
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, *, steps_per_epoch: int, dataset_sha256: str) -> None:
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, *, steps_per_epoch: int, dataset_sha256: str
+    ) -> None:
         self.config = config
         self.accelerator = accelerator
         self.device = accelerator.device

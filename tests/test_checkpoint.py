@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import time
@@ -309,33 +310,42 @@ def test_on_a_full_disk_all_is_as_it_was(store: CheckpointStore, num_bytes: int)
     assert store.steps() == [200, 300]
 
 
-def save_for_ever(root: str) -> None:
+def save_for_ever(root: str, step: int) -> None:
     store = CheckpointStore(Path(root), keep=2)
-    step = 0
     while True:
         step += 1
         store.save(step, tensors(step, size=20_000), {"step": step})
 
 
+def half_written(root: Path) -> list[Path]:
+    return [path for path in root.iterdir() if not re.fullmatch(r"step-\d{8}", path.name)]
+
+
 def test_a_killed_process_leaves_good_checkpoints_only(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=2)
-    newest = 0
-    for kill in range(4):
-        process = get_context("forkserver").Process(target=save_for_ever, args=(str(tmp_path),), daemon=True)
+    newest, num_half_written = 0, 0
+    for _ in range(20):
+        process = get_context("forkserver").Process(target=save_for_ever, args=(str(tmp_path), newest), daemon=True)
         process.start()
         deadline = time.monotonic() + 60
-        while max(store.steps(), default=0) <= 2 * kill + 2 and time.monotonic() < deadline:
+        while max(store.steps(), default=0) < newest + 2 and time.monotonic() < deadline:
             time.sleep(0.003)
+        while not half_written(tmp_path) and time.monotonic() < deadline:
+            pass
         process.kill()
         process.join()
+        num_half_written += bool(half_written(tmp_path))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             found = store.newest()
         assert found is not None
+        assert found.step >= newest + 2
         newest = found.step
-        assert newest > 2
         assert found.state == {"step": newest}
         assert len([step for step in store.steps() if step <= newest]) >= 2
+        if num_half_written == 3:
+            break
+    assert num_half_written == 3, "no kill hit a checkpoint that was being written"
     # The next one to be written clears away what was half written.
     store.save(newest + 1, tensors(newest + 1), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == [store.path(newest).name, store.path(newest + 1).name]

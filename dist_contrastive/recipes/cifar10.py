@@ -36,9 +36,15 @@ def cifar10_simclr() -> TrainConfig:
         method=SimCLRConfig(temperature=0.07, projector=ProjectorConfig(layers=2, output_size=128)),
         data=DATA,
         augment=AugmentConfig(
-            brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1,
-            blur=(0.5,), solarize=(0.0, 0.2), mean=CIFAR10_MEAN, std=CIFAR10_STD,
-        ),  # fmt: skip
+            brightness=0.4,
+            contrast=0.4,
+            saturation=0.4,
+            hue=0.1,
+            blur=(0.5,),
+            solarize=(0.0, 0.2),
+            mean=CIFAR10_MEAN,
+            std=CIFAR10_STD,
+        ),
         encoder=EncoderConfig(name="resnet50", stem="small", norm="sync", dropout=0.1),
         batch=BatchConfig(size=256),
         optim=OptimConfig(name="adamw", learning_rate=3e-4, weight_decay=1e-4),
