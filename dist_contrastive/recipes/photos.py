@@ -20,18 +20,33 @@ def photos() -> TrainConfig:
     """SimCLR on 32×32 patches of 19 photographs: the demonstration.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos
+    Cost:     5 epochs on two CPU cores, a few minutes.
+    Score:    linear 0.75 is the aim, beside raw pixels 0.41 and the untrained encoder 0.65.
+    Source:   SimCLR with weak colour jitter: what tells these photographs apart is largely their colour and brightness,
+              which SimCLR's own strengths teach the encoder to ignore.
     """
     return TrainConfig(
         recipe="photos",
         run_dir=Path("runs/photos"),
-        epochs=12,
+        epochs=5,
         log_every=1,
         method=SimCLRConfig(temperature=0.2, projector=ProjectorConfig(layers=2, hidden_size=256, output_size=128)),
         data=DataConfig(path=Path("data/photos.beton"), image_size=32),
-        augment=AugmentConfig(crop_scale=(0.2, 1.0), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), blur=(0.0,)),
+        augment=AugmentConfig(
+            crop_scale=(0.25, 1.0),
+            jitter=(0.5,),
+            brightness=0.2,
+            contrast=0.2,
+            saturation=0.2,
+            hue=0.05,
+            grayscale=(0.0,),
+            blur=(0.0,),
+            mean=(0.5, 0.5, 0.5),
+            std=(0.25, 0.25, 0.25),
+        ),
         encoder=EncoderConfig(name="resnet10_w16", stem="small"),
-        batch=BatchConfig(size=512),
+        batch=BatchConfig(size=256),
         optim=OptimConfig(name="adamw", learning_rate=1e-3, weight_decay=1e-4, warmup_epochs=1),
-        probe=ProbeConfig(every=4),
+        probe=ProbeConfig(every=2),
         checkpoint=CheckpointConfig(every=1),
     )
