@@ -28,7 +28,7 @@ def photos() -> TrainConfig:
     return TrainConfig(
         recipe="photos",
         run_dir=Path("runs/photos"),
-        epochs=5,
+        epochs=3,
         log_every=1,
         method=SimCLRConfig(temperature=0.2, projector=ProjectorConfig(layers=2, hidden_size=256, output_size=128)),
         data=DataConfig(path=Path("data/photos.beton"), image_size=32),
@@ -46,7 +46,7 @@ def photos() -> TrainConfig:
         ),
         encoder=EncoderConfig(name="resnet10_w16", stem="small"),
         batch=BatchConfig(size=256),
-        optim=OptimConfig(name="adamw", learning_rate=1e-3, weight_decay=1e-4, warmup_epochs=1),
-        probe=ProbeConfig(every=2),
+        optim=OptimConfig(name="adamw", learning_rate=2e-3, weight_decay=1e-4, warmup_epochs=0.3),
+        probe=ProbeConfig(every=1),
         checkpoint=CheckpointConfig(every=1),
     )
