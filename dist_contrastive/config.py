@@ -6,6 +6,7 @@ once, where it is used.
 """
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -159,7 +160,9 @@ class OptimConfig:
     """Largest norm of the whole gradient; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        require(self.learning_rate > 0, f"--optim.learning-rate {self.learning_rate}: give a positive number")
+        require(
+            0 < self.learning_rate < math.inf, f"--optim.learning-rate {self.learning_rate}: give a positive number"
+        )
         require(self.weight_decay >= 0, f"--optim.weight-decay {self.weight_decay}: give 0 or more")
         require(0 <= self.momentum < 1, f"--optim.momentum {self.momentum}: give a number in [0, 1)")
         require(self.warmup_epochs >= 0, f"--optim.warmup-epochs {self.warmup_epochs}: give 0 or more")

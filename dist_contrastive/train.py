@@ -197,7 +197,7 @@ class Run:
         if self.trainer.step_in_epoch == 0:  # the resumed run starts in the next epoch
             self._probe_where_due(epoch)
         self.save()
-        self.progress.say(f"stopped after step {self.trainer.step}; the same command goes on from there")
+        self.progress.say(f"stopped after step {self.trainer.step}; {self.trainer.resume_hint} goes on from there")
 
     def _probe_where_due(self, epoch: int) -> None:
         """The last epoch's probe is `conclude`'s."""

@@ -72,6 +72,11 @@ class Trainer:
         return self.step // self.steps_per_epoch
 
     @property
+    def resume_hint(self) -> str:
+        """The command that continues this run, in words."""
+        return "the same command without --overwrite" if self.config.overwrite else "the same command"
+
+    @property
     def step_in_epoch(self) -> int:
         return self.step % self.steps_per_epoch
 
@@ -188,7 +193,7 @@ class Trainer:
                 last = f"goes on from step {kept[-1]}" if kept else "starts over"
                 raise UserError(
                     f"the checkpoint of step {self.step} can't be written to {self.store.root} ({error.strerror}); "
-                    f"make room and start the same command again: it {last}"
+                    f"make room, then {self.resume_hint} {last}"
                 ) from error
 
         distributed.together(lambda: write() if distributed.is_main() else None)

@@ -53,7 +53,7 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     assert launched.returncode == 0, launched.stderr
     assert "2 rank(s), cpu, gloo, fp32" in launched.stdout
-    assert "learning rate 0.001 per 256 samples = 6.25e-05" in launched.stdout
+    assert "learning rate 0.002 per 256 samples = 0.000125" in launched.stdout
     assert re.search(r"linear\D+0\.\d{3}\D+0\.\d{3}\D+0\.\d{3}", launched.stdout), "the three scores stand side by side"
     return run_dir
 
