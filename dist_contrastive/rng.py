@@ -33,7 +33,6 @@ class Stream(IntEnum):
     SOLARIZE = 0x600
     DROPOUT = 0x10000
     SPLIT = 0x20000
-    SPECTRUM = 0x30000
     STEP = 0x40000
 
 
@@ -82,11 +81,6 @@ def sample_keys(seed: int, epoch: int, indices: Tensor, view: int) -> Tensor:
 def sample_key_jit(seed, epoch, index, view):
     """`sample_keys` for compiled code: int64 scalars in, one key out."""
     return fold_jit(fold_jit(fold_jit(np.int64(seed), epoch), index), view)
-
-
-def uniform(keys: Tensor, stream: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Uniform numbers in [low, high), float32 [B], for `keys` int64 [B] in `stream`."""
-    return low + (high - low) * unit(fold(keys, stream)).float()
 
 
 def keep_mask(keys: Tensor, num_features: int, drop_probability: float) -> Tensor:
