@@ -1,11 +1,14 @@
 """What a person sees of a run: a live line on rank 0, or a plain line an epoch where there is no terminal."""
 
+import statistics
+import time
+from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 
@@ -18,20 +21,20 @@ class TrainingProgress:
         self._visible = visible
         self._live = visible and self._console.is_terminal
         self._last_epoch = -1
+        self._total_steps = total_steps
+        self._last_step_at = time.monotonic()
+        self._step_seconds: deque[float] = deque(maxlen=100)
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("steps"),
             TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
+            TextColumn("{task.fields[left]}"),
             console=self._console,
             disable=not self._live,
-            # The time left comes from the speed of the last minutes: the first steps are slow.
-            speed_estimate_period=300,
         )
-        self._task = self._progress.add_task("", total=total_steps, completed=done_steps, epoch="", numbers="")
+        self._task = self._progress.add_task("", total=total_steps, completed=done_steps, epoch="", numbers="", left="")
 
     def __enter__(self) -> "TrainingProgress":
         self._progress.start()
@@ -44,16 +47,24 @@ class TrainingProgress:
 
     def step(self, step: int, epoch: int, values: dict[str, float] | None) -> None:
         """`step` updates are done, the last in `epoch` (from 0); `values` are its metrics where it was logged."""
-        self._progress.update(self._task, completed=step, epoch=f"{epoch + 1}/{self._epochs}")
+        now = time.monotonic()
+        self._step_seconds.append(now - self._last_step_at)
+        self._last_step_at = now
+        left = self._time_left(step)
+        self._progress.update(self._task, completed=step, epoch=f"{epoch + 1}/{self._epochs}", left=left)
         if values is None:
             return
         numbers = f"loss {values['loss']:.3f}  {values['images_per_s']:,.0f} images/s"
         self._progress.update(self._task, numbers=numbers)
         if self._visible and not self._live and epoch != self._last_epoch:
-            left = self._progress.tasks[self._task].time_remaining
-            minutes = f", about {left / 60:.0f} min left" if left else ""
-            print(f"epoch {epoch + 1}/{self._epochs}, step {step}: {numbers}{minutes}", flush=True)
+            print(f"epoch {epoch + 1}/{self._epochs}, step {step}: {numbers}, {left}", flush=True)
             self._last_epoch = epoch
+
+    def _time_left(self, step: int) -> str:
+        """Of training alone: the median leaves out the slow first step and the pauses for probes and checkpoints."""
+        minutes, seconds = divmod(round(statistics.median(self._step_seconds) * (self._total_steps - step)), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours} h {minutes:02d} min left" if hours else f"{minutes} min {seconds:02d} s left"
 
     def say(self, text: str) -> None:
         """Print a line above the live one."""
