@@ -1,7 +1,7 @@
 """`python -m dist_contrastive.probe RUN [--checkpoint STEP]`: score the encoder of a run, without training.
 
 A finished run's encoder is scored as training scored it and `probe.json` is written anew; a checkpoint's scores go to
-`probe-step-XXXXXXXX.json` beside it.
+`probes/step-XXXXXXXX.json`.
 """
 
 import json
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from dist_contrastive import cli
 from dist_contrastive.atomic import write_atomic
 from dist_contrastive.checkpoint import CheckpointStore, Tensors, load_module
-from dist_contrastive.config import MethodConfig, TrainConfig, from_dict, require
+from dist_contrastive.config import MethodConfig, TrainConfig, UserError, from_dict, require
 from dist_contrastive.data.beton import open_dataset
 from dist_contrastive.data.loader import fair_threads
 from dist_contrastive.evaluation.protocol import ProbeRunner
@@ -48,11 +48,13 @@ def read_config(run: Path) -> TrainConfig:
     try:
         data = json.loads(path.read_bytes())
         name = data["method"]["name"]
+        require(name in METHODS, f"{path} names method {name}; this version has {', '.join(METHODS)}")
+        method: type[MethodConfig] = METHODS[name].Config
+        config: TrainConfig = from_dict(TrainConfig, data, method)
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
-        require(False, f"{path} is not a config that training wrote ({error})")
-    require(name in METHODS, f"{path} names method {name}, which this version does not have: {', '.join(METHODS)}")
-    method: type[MethodConfig] = METHODS[name].Config
-    config: TrainConfig = from_dict(TrainConfig, data, method)
+        raise UserError(f"{path} is not a config that training wrote ({error})") from error
     return config
 
 
@@ -69,8 +71,7 @@ def encoder_tensors(run: Path, checkpoint: int | None) -> tuple[Tensors, int | N
     try:
         return safetensors.torch.load(path.read_bytes()), None
     except SafetensorError as error:
-        require(False, f"{path} is damaged ({error}){hint}")
-        raise
+        raise UserError(f"{path} is damaged ({error}){hint}") from error
 
 
 def probe(command: ProbeCommand) -> dict[str, Any]:
@@ -97,7 +98,8 @@ def probe(command: ProbeCommand) -> dict[str, Any]:
     done: dict[str, float] = {"epoch": config.epochs, "step": config.epochs * steps_per_epoch}
     if step is not None:
         done = {"epoch": step / steps_per_epoch, "step": step}
-    path = command.run / ("probe.json" if step is None else f"probe-step-{step:08d}.json")
+    path = command.run / ("probe.json" if step is None else f"probes/step-{step:08d}.json")
+    path.parent.mkdir(exist_ok=True)
     earlier = json.loads(path.read_bytes())["history"] if step is None and path.is_file() else []
     history = [*(entry for entry in earlier if entry["step"] != done["step"]), {**done, **runner.score(encoder)}]
     scores = runner.summary(baselines, history)

@@ -15,7 +15,7 @@ from dist_contrastive.config import TrainConfig, UserError, differences, to_dict
 # Everything a run writes; `--overwrite` deletes these and nothing else.
 OWN_NAMES = (
     "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "encoder.safetensors", "projector.safetensors",
-    "probe.json", "plots", "report.html", "machine.json", "DONE",
+    "probe.json", "probes", "plots", "report.html", "machine.json", "DONE",
 )  # fmt: skip
 LOCK = ".lock"
 

@@ -49,10 +49,13 @@ def train(config: TrainConfig) -> bool:
     dataset = distributed.together(lambda: open_dataset(config.data.path, verify=distributed.local_rank() == 0))
     with open_run_folder(config) as (folder, start):
         run = Run(config, accelerator, dataset, folder)
-        run.begin(start)
-        if not fit(run):
-            return False
-        run.conclude()
+        try:
+            run.begin(start)
+            if not fit(run):
+                return False
+            run.conclude()
+        finally:
+            run.close()
     return True
 
 
@@ -252,7 +255,6 @@ class Run:
         )
         if not self.folder or not self.metrics or not report:
             return
-        self.metrics.close()
         text = {"config": json.dumps(to_dict(config))}
         save_module(self.folder.path / "encoder.safetensors", trainer.method.encoder, text)
         save_module(self.folder.path / "projector.safetensors", trainer.method.projector, text)
@@ -261,6 +263,11 @@ class Run:
         if report.probe:
             print_scores(report.probe)
         self.progress.say(f"report: {page}\nDONE in {self.elapsed():.0f} s")
+
+    def close(self) -> None:
+        """Bring the logs to disk; however the run ended, its last steps are what one wants to see."""
+        if self.metrics:
+            self.metrics.close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_contrastive import cli
+from dist_contrastive.config import UserError
 from dist_contrastive.metrics import read_metrics
+from dist_contrastive.probe import read_config
 from dist_contrastive.train import EXIT_STOPPED, parse, train
 from tests.harness import run_ranks
 from tests.runs import NUM_TEST, NUM_TRAIN, STEPS_PER_EPOCH, newest_checkpoint, write_dataset
@@ -106,10 +108,17 @@ def test_a_finished_run_is_probed_again_with_the_same_result(finished: Path) -> 
 def test_a_checkpoint_is_probed(finished: Path) -> None:
     found = run_module("dist_contrastive.probe", str(finished), "--checkpoint", str(STEPS_PER_EPOCH))
     assert found.returncode == 0, found.stderr
-    scores = json.loads((finished / f"probe-step-{STEPS_PER_EPOCH:08d}.json").read_text())
+    scores = json.loads((finished / "probes" / f"step-{STEPS_PER_EPOCH:08d}.json").read_text())
     first = json.loads((finished / "probe.json").read_text())["history"][0]
     assert scores["linear_top1"] == pytest.approx(first["linear_top1"], abs=1.5 / NUM_TEST)
     assert scores["epoch"] == 1
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[]", "{}", '{"method": {"name": "simclr"}, "epochs": "three"}'])
+def test_probe_refuses_what_is_no_config(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json is not a config that training wrote"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(

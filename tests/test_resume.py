@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_contrastive.config import ProbeConfig
 from tests.harness import run_ranks
@@ -63,6 +64,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(num_ranks: int, d
     assert_same_state(newest_checkpoint(parts.run_dir), newest_checkpoint(whole.run_dir))
     assert metrics_of(parts.run_dir) == metrics_of(whole.run_dir), f"k = {k}"
     assert [line["step"] for line in metrics_of(parts.run_dir)] == list(range(1, LAST_STEP + 1))
+
+
+def test_a_stopped_runs_tensorboard_has_all_its_steps(dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", dataset, stop_after_steps=4)
+    run_ranks(train_on_rank, 1, config)
+    events = EventAccumulator(str(config.run_dir / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
 
 
 def test_a_stop_at_an_epochs_end_leaves_its_probe_in(dataset: Path, tmp_path: Path) -> None:
