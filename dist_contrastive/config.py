@@ -116,16 +116,16 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True)
-class ProjectorConfig:
-    layers: Literal[2, 3] = 2
-    hidden_size: int = 0
-    """Width of the hidden layers; 0 takes the encoder's feature size."""
-    output_size: int = 128
-    """Size of the embedding."""
+class HeadConfig:
+    """A multilayer perceptron: the projector from feature to embedding, or a predictor from embedding to embedding."""
 
-    def __post_init__(self) -> None:
-        require(self.hidden_size >= 0, f"--method.projector.hidden-size {self.hidden_size}: give 0 or more")
-        require(self.output_size >= 1, f"--method.projector.output-size {self.output_size}: give at least 1")
+    layers: Literal[1, 2, 3] = 2
+    hidden_size: int = 0
+    """Width of the hidden layers; 0 takes the size of the head's input."""
+    output_size: int = 128
+    """Size of what the head gives."""
+    output_norm: bool = False
+    """Normalize the output too, without scale and shift (MoCo v3's and SimSiam's projectors)."""
 
 
 @dataclass(frozen=True)
@@ -133,16 +133,38 @@ class MethodConfig:
     """What every method has; a method's own file adds its own fields."""
 
     name: Annotated[str, tyro.conf.Fixed] = ""
-    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    projector: HeadConfig = field(default_factory=HeadConfig)
+
+    def __post_init__(self) -> None:
+        for name, head in vars(self).items():
+            if isinstance(head, HeadConfig):
+                option = f"--method.{name}"
+                require(head.hidden_size >= 0, f"{option}.hidden-size {head.hidden_size}: give 0 or more")
+                require(head.output_size >= 1, f"{option}.output-size {head.output_size}: give at least 1")
+
+    def check_global_batch(self, size: int) -> None:
+        """`UserError` where the method can't learn from global batches of `size` samples."""
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the loss reads the labels."""
+        return False
 
 
 @dataclass(frozen=True)
 class BatchConfig:
     size: Annotated[int, tyro.conf.arg(name="global")] = 256
     """Samples of one optimizer step over all ranks."""
+    micro: int | Literal["auto"] = 0
+    """Samples of one forward pass of a rank; the gradient is that of the global batch all the same. 0: all of the rank's;
+    auto: as many as the memory holds."""
 
     def __post_init__(self) -> None:
         require(self.size >= 2, f"--batch.global {self.size}: a contrastive step needs at least 2 samples")
+        require(
+            self.micro == "auto" or self.micro >= 0,
+            f"--batch.micro {self.micro}: give 0 (the whole share of a rank), auto, or a number of samples",
+        )
 
 
 @dataclass(frozen=True)
@@ -244,6 +266,7 @@ class TrainConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
+        self.method.check_global_batch(self.batch.size)
         require(self.epochs >= 1, f"--epochs {self.epochs}: give at least 1")
         require(self.log_every >= 1, f"--log-every {self.log_every}: give at least 1")
         require(self.stop_after_steps >= 0, f"--stop-after-steps {self.stop_after_steps}: give 0 (off) or more")
@@ -253,7 +276,7 @@ class TrainConfig:
 # Fields that say where and how a run is carried out, not what it computes: a resume may change them. The dataset's path
 # is among them because the checkpoint holds the dataset's checksum.
 EXECUTION_FIELDS = (
-    "run_dir", "resume", "overwrite", "stop_after_steps", "data.path", "data.threads", "data.batches_ahead",
+    "run_dir", "resume", "overwrite", "stop_after_steps", "batch.micro", "data.path", "data.threads", "data.batches_ahead",
     "data.timeout_s", "checkpoint.every", "checkpoint.keep", "launch.ranks", "launch.device", "launch.timeout_minutes",
 )  # fmt: skip
 

@@ -142,3 +142,33 @@ def gather_with_grad(x: Tensor) -> Tensor:
         return x
     out: Tensor = _Gather.apply(x)
     return out
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_reduce_sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        # Every rank's loss depends on this rank's summand, so its gradient is the sum over all ranks' losses.
+        return all_reduce_sum(grads[0])
+
+
+def sum_with_grad(x: Tensor) -> Tensor:
+    """The sum of `x` over ranks, of the same shape, with gradient.
+
+    The backward pass sums what all ranks' losses send back, as in `gather_with_grad`: a loss that every rank computes
+    from the sum has, after DDP's average, the gradient that one rank with all samples would have.
+    """
+    if world_size() == 1:
+        return x
+    out: Tensor = _Sum.apply(x)
+    return out
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any rank; all ranks call it and get the same answer."""
+    if world_size() == 1:
+        return flag
+    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)) > 0)

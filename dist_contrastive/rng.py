@@ -31,6 +31,7 @@ class Stream(IntEnum):
     GRAYSCALE = 0x400
     BLUR = 0x500
     SOLARIZE = 0x600
+    SHUFFLE = 0x700
     DROPOUT = 0x10000
     SPLIT = 0x20000
     STEP = 0x40000

@@ -12,3 +12,8 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def ema_momentum(progress: float, base: float) -> float:
+    """A teacher's momentum from `base` at progress 0 to 1 at progress 1, on a half cosine (BYOL, section 3.2)."""
+    return 1.0 - (1.0 - base) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -100,7 +100,7 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.step += 1
-        self.method.after_step(self.step / self.total_steps)
+        self.method.after_step(self.step / self.total_steps, {})
         return {**values, "learning_rate": rate}
 
     def _set_learning_rate(self) -> float:

@@ -13,9 +13,9 @@ from dist_contrastive.config import (
     CheckpointConfig,
     DataConfig,
     EncoderConfig,
+    HeadConfig,
     OptimConfig,
     ProbeConfig,
-    ProjectorConfig,
     TrainConfig,
 )  # fmt: skip
 from dist_contrastive.methods.simclr import SimCLRConfig
@@ -41,7 +41,7 @@ def tiny_config(run_dir: Path, dataset: Path, *, norm: str = "batch", **changes:
         run_dir=run_dir,
         epochs=4,
         log_every=1,
-        method=SimCLRConfig(temperature=0.2, projector=ProjectorConfig(hidden_size=32, output_size=16)),
+        method=SimCLRConfig(temperature=0.2, projector=HeadConfig(hidden_size=32, output_size=16)),
         data=DataConfig(path=dataset, image_size=16, timeout_s=60.0),
         augment=AugmentConfig(blur=(1.0, 0.1), solarize=(0.0, 0.2)),
         encoder=EncoderConfig(name="resnet10_w16", stem="small", norm=norm, dropout=0.1),  # type: ignore[arg-type]

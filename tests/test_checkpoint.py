@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_contrastive.checkpoint import CheckpointStore, load_module, load_optimizer, optimizer_tensors, save_module
-from dist_contrastive.config import EncoderConfig, OptimConfig, ProjectorConfig, UserError
+from dist_contrastive.config import EncoderConfig, HeadConfig, OptimConfig, UserError
 from dist_contrastive.models.encoders import build_encoder
-from dist_contrastive.models.heads import build_projector
+from dist_contrastive.models.heads import build_head
 from dist_contrastive.optim import build_optimizer
 from tests.harness import run_ranks
 
@@ -91,7 +91,7 @@ def test_tensors_and_state_come_back_bit_for_bit(tmp_path: Path) -> None:
 def build(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     encoder = build_encoder(EncoderConfig(name="resnet10_w16", stem="small"), 16)
-    module = nn.Sequential(encoder, build_projector(ProjectorConfig(output_size=16), encoder.feature_size, "batch"))
+    module = nn.Sequential(encoder, build_head(HeadConfig(output_size=16), encoder.feature_size, "batch"))
     optimizer = build_optimizer(OptimConfig(name=name, weight_decay=1e-2), module)  # type: ignore[arg-type]
     return module, optimizer
 
@@ -152,7 +152,7 @@ def assert_equal(
 def test_another_architecture_is_a_clear_error() -> None:
     module = build("sgd")[0]
     encoder = build_encoder(EncoderConfig(name="resnet10_w32", stem="small"), 16)
-    other = nn.Sequential(encoder, build_projector(ProjectorConfig(layers=3), encoder.feature_size, "batch"))
+    other = nn.Sequential(encoder, build_head(HeadConfig(layers=3), encoder.feature_size, "batch"))
     with pytest.raises(UserError, match="the checkpoint is of another model") as caught:
         load_module(other, module.state_dict())
     assert "\n" not in str(caught.value)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dist_contrastive.config import EncoderConfig, ProjectorConfig, UserError
+from dist_contrastive.config import EncoderConfig, HeadConfig, UserError
 from dist_contrastive.models.encoders import build_encoder
-from dist_contrastive.models.heads import KeyedDropout, build_projector
+from dist_contrastive.models.heads import KeyedDropout, build_head
 from dist_contrastive.rng import sample_keys
 
 
@@ -116,7 +116,7 @@ def test_the_weights_come_from_torchs_generator() -> None:
 def test_the_projector_has_linear_layers_with_norm_and_relu_between_them(
     layers: int, norm: str, norm_type: type[nn.Module]
 ) -> None:
-    projector = build_projector(ProjectorConfig(layers=layers, hidden_size=7, output_size=5), 11, norm)  # type: ignore[arg-type]
+    projector = build_head(HeadConfig(layers=layers, hidden_size=7, output_size=5), 11, norm)  # type: ignore[arg-type]
     hidden = [nn.Linear, norm_type, nn.ReLU]
     assert [type(module) for module in projector] == [*hidden * (layers - 1), nn.Linear]
     linears = [module for module in projector if isinstance(module, nn.Linear)]
@@ -126,7 +126,7 @@ def test_the_projector_has_linear_layers_with_norm_and_relu_between_them(
 
 
 def test_the_hidden_size_is_the_features_where_none_is_given() -> None:
-    projector = build_projector(ProjectorConfig(), 11, "group")
+    projector = build_head(HeadConfig(), 11, "group")
     assert projector[0].out_features == 11
     assert projector(torch.zeros(2, 11)).shape == (2, 128)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from dist_contrastive.config import EncoderConfig, OptimConfig, ProjectorConfig
+from dist_contrastive.config import EncoderConfig, HeadConfig, OptimConfig
 from dist_contrastive.models.encoders import build_encoder
-from dist_contrastive.models.heads import build_projector
+from dist_contrastive.models.heads import build_head
 from dist_contrastive.optim import build_optimizer, parameter_groups, peak_learning_rate
 from dist_contrastive.schedules import learning_rate
 
@@ -19,7 +19,7 @@ DECAY, RATE, TRUST = 0.5, 0.1, 0.001  # LARS's trust coefficient, You et al. 201
 
 def model() -> nn.Sequential:
     encoder = build_encoder(EncoderConfig(name="resnet10_w16"), 32)
-    return nn.Sequential(encoder, build_projector(ProjectorConfig(layers=3), encoder.feature_size, "batch"))
+    return nn.Sequential(encoder, build_head(HeadConfig(layers=3), encoder.feature_size, "batch"))
 
 
 def test_weight_decay_leaves_biases_and_normalization_alone() -> None:

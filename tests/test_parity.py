@@ -9,7 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_contrastive.batch import Batch
-from dist_contrastive.config import EncoderConfig, ProjectorConfig
+from dist_contrastive.config import EncoderConfig, HeadConfig
 from dist_contrastive.distributed import world_size
 from dist_contrastive.methods import METHODS, Method
 from tests.harness import run_ranks
@@ -20,7 +20,7 @@ ENCODER = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout
 
 def build(name: str) -> Method:
     torch.manual_seed(0)
-    config = METHODS[name].Config(projector=ProjectorConfig(layers=2, hidden_size=32, output_size=16))
+    config = METHODS[name].Config(projector=HeadConfig(layers=2, hidden_size=32, output_size=16))
     method = METHODS[name](config, ENCODER, image_size=16, seed=0)
     # timm starts residual branches at zero, which would hide their gradients.
     for parameter in method.parameters():

@@ -3,38 +3,84 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import EncoderConfig, MethodConfig
+from dist_contrastive.losses.statistics import effective_rank, positive_cosine
 from dist_contrastive.models.encoders import Encoder, build_encoder
-from dist_contrastive.models.heads import KeyedDropout, build_projector
+from dist_contrastive.models.heads import KeyedDropout, build_head
+from dist_contrastive.rng import sample_keys
 
 Losses = dict[str, Tensor]
 Report = dict[str, Tensor]
+Embeddings = dict[str, Tensor]
+"""Float32 tensors [V, B, ...]: samples are the second axis, along which micro-batches are put together."""
 
 
 class Method(nn.Module, ABC):
-    """Encoder, projector, and the loss on them.
+    """Encoder, projector, and the loss on them, in two halves.
 
-    The loss of a rank is the mean over the rank's own anchors, and what it gathers from other ranks carries gradient, so
-    that DDP's average over ranks is the gradient of the global batch.
+    `embed` holds every parameter and treats each sample by itself (but for batch statistics), so that it may be called
+    for one micro-batch after the other; `loss` has no parameters and sees the whole rank batch. The loss of a rank is the
+    mean over the rank's own anchors, and what it gathers from other ranks carries gradient, so that DDP's average over
+    ranks is the gradient of the global batch.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     min_views: ClassVar[int] = 2
     """How many views of a sample the loss needs."""
+    max_views: ClassVar[int | None] = None
+    """How many it can take; None: any number."""
+    couples_samples: ClassVar[bool] = True
+    """Whether the loss of a sample depends on other samples of its batch. If not, the loss is a mean over samples, and
+    micro-batches need no gradient caching."""
 
     def __init__(self, config: MethodConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
         super().__init__()
         self.seed = seed
         self.encoder: Encoder = build_encoder(encoder, image_size)
         self.dropout = KeyedDropout(encoder.dropout)
-        self.projector = build_projector(config.projector, self.encoder.feature_size, encoder.norm)
+        self.projector = build_head(config.projector, self.encoder.feature_size, encoder.norm)
 
     @abstractmethod
-    def forward(self, batch: Batch) -> tuple[Losses, Report]:
-        """Losses (the loop knows `losses["loss"]` alone) and a report of float32 scalars that are means over anchors."""
+    def embed(self, batch: Batch) -> Embeddings:
+        """What the loss needs of these samples, among it `z`: the student's embeddings [V, B, ...], for the report.
 
-    def after_step(self, progress: float) -> None:
-        """Move teachers and queues after an optimizer update; `progress` runs from 0 to 1 over the run."""
+        Whatever must not receive gradient is detached here.
+        """
+
+    @abstractmethod
+    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+        """Float32 scalars, means over this rank's anchors; the loop knows `losses["loss"]` alone.
+
+        `batch` is the whole rank batch; its views are not to be used.
+        """
+
+    def report(self, embeddings: Embeddings, batch: Batch) -> Report:
+        """Float32 scalars without gradient that are means over anchors; what costs, only if `batch.wants_report`."""
+        z = embeddings["z"].detach()
+        report = {"positive_cosine": positive_cosine(z)} if len(z) > 1 else {}
+        if batch.wants_report:
+            report["effective_rank"] = effective_rank(distributed.all_gather_rows(z.flatten(0, -2)))
+        return report
+
+    def forward(self, batch: Batch) -> tuple[Losses, Report]:
+        """Losses and report of one rank batch, all of it in one pass."""
+        embeddings = self.embed(batch)
+        return self.loss(embeddings, batch), self.report(embeddings, batch)
+
+    def after_step(self, progress: float, embeddings: Embeddings) -> None:
+        """Move teachers and queues after an optimizer update.
+
+        `progress` runs from 0 to 1 over the run; `embeddings` are the update's own, detached, of the whole rank batch.
+        """
+
+    def project(self, batch: Batch) -> Tensor:
+        """Embeddings [V, B, E] in float32, not normalized: all views in one forward pass through encoder and projector."""
+        num_views, batch_size = batch.views.shape[:2]
+        keys = torch.cat([sample_keys(self.seed, batch.epoch, batch.indices, view) for view in range(num_views)])
+        features = self.encoder(batch.views.flatten(0, 1))
+        return self.projector(self.dropout(features, keys)).float().view(num_views, batch_size, -1)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 import tyro
 from torch.nn import functional as F
 
@@ -11,9 +10,7 @@ from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import EncoderConfig, MethodConfig, require
 from dist_contrastive.losses.infonce import nt_xent
-from dist_contrastive.losses.statistics import effective_rank, positive_cosine
-from dist_contrastive.methods.base import Losses, Method, Report
-from dist_contrastive.rng import sample_keys
+from dist_contrastive.methods.base import Embeddings, Losses, Method
 
 
 @dataclass(frozen=True)
@@ -23,6 +20,7 @@ class SimCLRConfig(MethodConfig):
     """Divides the cosine similarities; smaller weighs the hardest negatives more."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.temperature > 0, f"--method.temperature {self.temperature}: give a positive number")
 
 
@@ -35,20 +33,16 @@ class SimCLR(Method):
         super().__init__(config, encoder, image_size=image_size, seed=seed)
         self.temperature = config.temperature
 
-    def forward(self, batch: Batch) -> tuple[Losses, Report]:
-        num_views, batch_size = batch.views.shape[:2]
-        keys = torch.cat([sample_keys(self.seed, batch.epoch, batch.indices, view) for view in range(num_views)])
-        features = self.encoder(batch.views.flatten(0, 1))
-        embeddings = F.normalize(self.projector(self.dropout(features, keys)).float(), dim=1)
-        everyone = distributed.gather_with_grad(embeddings)
+    def embed(self, batch: Batch) -> Embeddings:
+        return {"z": F.normalize(self.project(batch), dim=-1)}
+
+    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+        anchors = embeddings["z"].flatten(0, 1)
         loss = nt_xent(
-            embeddings,
-            everyone,
-            offset=distributed.rank() * len(embeddings),
-            num_views=num_views,
+            anchors,
+            distributed.gather_with_grad(anchors),
+            offset=distributed.rank() * len(anchors),
+            num_views=len(embeddings["z"]),
             temperature=self.temperature,
         )
-        report = {"positive_cosine": positive_cosine(embeddings.detach().view(num_views, batch_size, -1))}
-        if batch.wants_report:
-            report["effective_rank"] = effective_rank(everyone.detach())
-        return {"loss": loss}, report
+        return {"loss": loss}

@@ -6,7 +6,7 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dist_contrastive.config import ProjectorConfig
+from dist_contrastive.config import HeadConfig
 from dist_contrastive.rng import keep_mask
 
 
@@ -25,20 +25,25 @@ class KeyedDropout(nn.Module):
         return features * kept / (1 - self.probability)
 
 
-def build_projector(
-    config: ProjectorConfig, feature_size: int, norm: Literal["batch", "sync", "group"]
-) -> nn.Sequential:
-    """g: feature [N, D] to embedding [N, E]: 2 or 3 linear layers with normalization and ReLU between them.
+def build_head(config: HeadConfig, input_size: int, norm: Literal["batch", "sync", "group"]) -> nn.Sequential:
+    """A head from [N, input_size] to [N, E]: 1 to 3 linear layers with normalization and ReLU between them.
 
-    As SimCLR's head (section 2.1 and the authors' code, `model_util.projection_head`): hidden layers without bias before
-    their normalization, no non-linearity after the last layer. With `norm` group the hidden layers use LayerNorm, as the
+    As SimCLR's projector (section 2.1 and the authors' code, `model_util.projection_head`): hidden layers without bias
+    before their normalization, no non-linearity after the last layer. With `norm` group the head uses LayerNorm, as
     features have no pixels to share a group with.
     """
-    hidden_size = config.hidden_size or feature_size
-    sizes = [feature_size, *[hidden_size] * (config.layers - 1)]
+    hidden_size = config.hidden_size or input_size
+    sizes = [input_size, *[hidden_size] * (config.layers - 1)]
     modules: list[nn.Module] = []
     for size_in, size_out in itertools.pairwise(sizes):
-        hidden_norm = {"batch": nn.BatchNorm1d, "sync": nn.SyncBatchNorm, "group": nn.LayerNorm}[norm](size_out)
-        modules += [nn.Linear(size_in, size_out, bias=False), hidden_norm, nn.ReLU(inplace=True)]
+        modules += [nn.Linear(size_in, size_out, bias=False), _norm(norm, size_out), nn.ReLU(inplace=True)]
     modules.append(nn.Linear(sizes[-1], config.output_size, bias=False))
+    if config.output_norm:
+        modules.append(_norm(norm, config.output_size, affine=False))
     return nn.Sequential(*modules)
+
+
+def _norm(norm: Literal["batch", "sync", "group"], size: int, *, affine: bool = True) -> nn.Module:
+    if norm == "group":
+        return nn.LayerNorm(size, elementwise_affine=affine)
+    return {"batch": nn.BatchNorm1d, "sync": nn.SyncBatchNorm}[norm](size, affine=affine)

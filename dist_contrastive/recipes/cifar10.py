@@ -9,9 +9,9 @@ from dist_contrastive.config import (
     CheckpointConfig,
     DataConfig,
     EncoderConfig,
+    HeadConfig,
     OptimConfig,
     ProbeConfig,
-    ProjectorConfig,
     TrainConfig,
 )  # fmt: skip
 from dist_contrastive.methods.simclr import SimCLRConfig
@@ -33,7 +33,7 @@ def cifar10_simclr() -> TrainConfig:
         recipe="cifar10_simclr",
         run_dir=Path("runs/cifar10_simclr"),
         epochs=80,
-        method=SimCLRConfig(temperature=0.07, projector=ProjectorConfig(layers=2, output_size=128)),
+        method=SimCLRConfig(temperature=0.07, projector=HeadConfig(layers=2, output_size=128)),
         data=DATA,
         augment=AugmentConfig(
             brightness=0.4,
@@ -66,7 +66,7 @@ def cifar10_simclr_4096() -> TrainConfig:
         recipe="cifar10_simclr_4096",
         run_dir=Path("runs/cifar10_simclr_4096"),
         epochs=100,
-        method=SimCLRConfig(temperature=0.5, projector=ProjectorConfig(layers=2, output_size=128)),
+        method=SimCLRConfig(temperature=0.5, projector=HeadConfig(layers=2, output_size=128)),
         augment=replace(
             base.augment, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur=(0.0,), solarize=(0.0,)
         ),
@@ -89,7 +89,7 @@ def cifar10_cpu() -> TrainConfig:
         recipe="cifar10_cpu",
         run_dir=Path("runs/cifar10_cpu"),
         epochs=8,
-        method=SimCLRConfig(temperature=0.2, projector=ProjectorConfig(layers=2, hidden_size=512, output_size=128)),
+        method=SimCLRConfig(temperature=0.2, projector=HeadConfig(layers=2, hidden_size=512, output_size=128)),
         data=DATA,
         augment=AugmentConfig(crop_scale=(0.2, 1.0), blur=(0.0,), mean=CIFAR10_MEAN, std=CIFAR10_STD),
         encoder=EncoderConfig(name="resnet10_w16", stem="small"),

@@ -7,9 +7,9 @@ from dist_contrastive.config import (
     BatchConfig,
     DataConfig,
     EncoderConfig,
+    HeadConfig,
     OptimConfig,
     ProbeConfig,
-    ProjectorConfig,
     TrainConfig,
 )  # fmt: skip
 from dist_contrastive.methods.simclr import SimCLRConfig
@@ -28,7 +28,7 @@ def imagenet_simclr_4096() -> TrainConfig:
         recipe="imagenet_simclr_4096",
         run_dir=Path("runs/imagenet_simclr_4096"),
         epochs=100,
-        method=SimCLRConfig(temperature=0.1, projector=ProjectorConfig(layers=2, output_size=128)),
+        method=SimCLRConfig(temperature=0.1, projector=HeadConfig(layers=2, output_size=128)),
         data=DataConfig(path=Path("data/imagenet.beton"), image_size=224, eval_crop=0.875),
         augment=AugmentConfig(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=(0.5,)),
         encoder=EncoderConfig(name="resnet50", stem="standard", norm="sync"),

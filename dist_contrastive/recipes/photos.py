@@ -8,9 +8,9 @@ from dist_contrastive.config import (
     CheckpointConfig,
     DataConfig,
     EncoderConfig,
+    HeadConfig,
     OptimConfig,
     ProbeConfig,
-    ProjectorConfig,
     TrainConfig,
 )  # fmt: skip
 from dist_contrastive.methods.simclr import SimCLRConfig
@@ -31,7 +31,7 @@ def photos() -> TrainConfig:
         run_dir=Path("runs/photos"),
         epochs=3,
         log_every=1,
-        method=SimCLRConfig(temperature=0.2, projector=ProjectorConfig(layers=2, hidden_size=256, output_size=128)),
+        method=SimCLRConfig(temperature=0.2, projector=HeadConfig(layers=2, hidden_size=256, output_size=128)),
         data=DataConfig(path=Path("data/photos.beton"), image_size=32),
         augment=AugmentConfig(
             crop_scale=(0.25, 1.0),
