@@ -1,6 +1,6 @@
 """What the loader hands to the method."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -19,3 +19,7 @@ class Batch:
     """The epoch the samples belong to, counted from 0."""
     wants_report: bool = True
     """Whether this step is logged; where it is not, a method may leave costly entries out of its report."""
+
+    def samples(self, part: slice) -> "Batch":
+        """The samples `part` of it, all their views."""
+        return replace(self, views=self.views[:, part], labels=self.labels[part], indices=self.indices[part])

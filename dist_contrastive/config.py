@@ -158,6 +158,8 @@ class BatchConfig:
     micro: int | Literal["auto"] = 0
     """Samples of one forward pass of a rank; the gradient is that of the global batch all the same. 0: all of the rank's;
     auto: as many as the memory holds."""
+    memory_gib: float = 0.0
+    """What a step of one rank may take under --batch.micro auto; 0: nine tenths of what is free."""
 
     def __post_init__(self) -> None:
         require(self.size >= 2, f"--batch.global {self.size}: a contrastive step needs at least 2 samples")
@@ -165,6 +167,7 @@ class BatchConfig:
             self.micro == "auto" or self.micro >= 0,
             f"--batch.micro {self.micro}: give 0 (the whole share of a rank), auto, or a number of samples",
         )
+        require(self.memory_gib >= 0, f"--batch.memory-gib {self.memory_gib}: give 0 (what is free) or more")
 
 
 @dataclass(frozen=True)
@@ -274,10 +277,12 @@ class TrainConfig:
 
 
 # Fields that say where and how a run is carried out, not what it computes: a resume may change them. The dataset's path
-# is among them because the checkpoint holds the dataset's checksum.
+# is among them because the checkpoint holds the dataset's checksum; the micro-batch, because the gradient is the same
+# whatever it is, but for the statistics that BatchNorm normalizes with, and memory may force another one at any step.
 EXECUTION_FIELDS = (
-    "run_dir", "resume", "overwrite", "stop_after_steps", "batch.micro", "data.path", "data.threads", "data.batches_ahead",
-    "data.timeout_s", "checkpoint.every", "checkpoint.keep", "launch.ranks", "launch.device", "launch.timeout_minutes",
+    "run_dir", "resume", "overwrite", "stop_after_steps", "batch.micro", "batch.memory_gib", "data.path",
+    "data.threads", "data.batches_ahead", "data.timeout_s", "checkpoint.every", "checkpoint.keep", "launch.ranks",
+    "launch.device", "launch.timeout_minutes",
 )  # fmt: skip
 
 

@@ -89,10 +89,62 @@ def together(call: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+class RanksFailed(Exception):
+    """Some ranks could not do what `attempt` asked of all; raised on every rank."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        super().__init__(f"failed on rank(s) {ranks}")
+        self.ranks = ranks
+
+
+_attempting = False
+
+
+def attempt(call: Callable[[], T], is_expected: Callable[[Exception], bool], device: torch.device) -> T:
+    """This rank's `call()`, in which collectives of this module may be used; all ranks call it together.
+
+    Where an error for which `is_expected` holds is raised in any rank's call, `RanksFailed` is raised on all ranks, in
+    place of a rank that waits for ever in a collective which the failed one never reaches: within the call each
+    collective of this module is preceded by the question whether all ranks are there, which a failed rank answers, too.
+    """
+    global _attempting
+    result, failed = None, False
+    _attempting = True
+    try:
+        result = call()
+    except RanksFailed:  # another rank's; this one has heard of it
+        raise
+    except Exception as error:
+        if not is_expected(error):
+            raise
+        failed = True
+    finally:
+        _attempting = False
+    # Outside the handler: the error's traceback, and with it what the failed call held, is gone by now.
+    _require_all_ranks(failed, device)
+    return result  # type: ignore[return-value]
+
+
+def _require_all_ranks(failed: bool, device: torch.device) -> None:
+    flags = torch.zeros(world_size(), device=device)
+    flags[rank()] = float(failed)
+    if world_size() > 1:
+        dist.all_reduce(flags)
+        failed = bool(flags.any())
+    if failed:
+        raise RanksFailed(flags.nonzero().flatten().tolist())
+
+
+def _before_collective(x: Tensor) -> None:
+    if _attempting:
+        _require_all_ranks(False, x.device)
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of `x` over ranks, in a new tensor of the same shape; carries no gradient."""
     total = x.detach().clone(memory_format=torch.contiguous_format)
     if world_size() > 1:
+        _before_collective(total)
         dist.all_reduce(total)
     return total
 
@@ -111,6 +163,7 @@ def all_gather_rows(x: Tensor) -> Tensor:
     padded = x.new_zeros((max(sizes), *x.shape[1:]))
     padded[: len(x)] = x.detach()
     parts = [torch.empty_like(padded) for _ in sizes]
+    _before_collective(padded)
     dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
@@ -119,6 +172,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(world_size())]
+        _before_collective(x)
         dist.all_gather(parts, x.contiguous())
         ctx.num_rows = len(x)
         return torch.cat(parts)
@@ -165,10 +219,3 @@ def sum_with_grad(x: Tensor) -> Tensor:
         return x
     out: Tensor = _Sum.apply(x)
     return out
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set on any rank; all ranks call it and get the same answer."""
-    if world_size() == 1:
-        return flag
-    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)) > 0)

@@ -46,11 +46,7 @@ def connect(config: TrainConfig) -> Accelerator:
         mixed_precision=ACCELERATE_NAMES[precision],
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=wanted.timeout_minutes)),
-            # Unsynchronised BatchNorm statistics differ between ranks: rank 0's are the model's. Synchronised ones, and
-            # every other buffer, are equal on all ranks by themselves and need no broadcast.
-            DistributedDataParallelKwargs(
-                broadcast_buffers=config.encoder.norm == "batch", gradient_as_bucket_view=True
-            ),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
     _check(config, accelerator, use_cpu)
@@ -80,6 +76,9 @@ def _check(config: TrainConfig, accelerator: Accelerator, use_cpu: bool) -> None
         raise UserError(
             f"--batch.global {config.batch.size} can't be shared by {ranks} ranks; give a multiple of {ranks}"
         )
+    rank_batch, micro = config.batch.size // ranks, config.batch.micro
+    if micro != "auto" and micro > rank_batch:
+        raise UserError(f"--batch.micro {micro}: a rank has {rank_batch} samples of a step; give at most that, or auto")
 
 
 def precision_of(accelerator: Accelerator) -> str:

@@ -7,6 +7,8 @@ from torch import nn
 from dist_contrastive.config import OptimConfig
 
 REFERENCE_BATCH = 256  # learning rates are given per this many samples (Goyal et al. 2017)
+STATES_PER_PARAMETER = {"adamw": 2, "sgd": 1, "lars": 1}
+"""How many tensors of a parameter's size each optimizer keeps."""
 
 
 def peak_learning_rate(config: OptimConfig, global_batch: int) -> float:

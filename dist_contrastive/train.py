@@ -17,7 +17,6 @@ from dist_contrastive import cli, distributed
 from dist_contrastive.checkpoint import save_module
 from dist_contrastive.collect import collect_report
 from dist_contrastive.config import TrainConfig, require, to_dict
-from dist_contrastive.data.augment import Augment
 from dist_contrastive.data.beton import TRAIN, Dataset, open_dataset
 from dist_contrastive.data.loader import Epoch, fair_threads, steps_per_epoch, train_epoch
 from dist_contrastive.evaluation.protocol import ProbeRunner
@@ -68,7 +67,7 @@ def fit(run: "Run") -> bool:
             with run.batches() as batches:
                 for batch in batches:
                     batch = dataclasses.replace(batch, wants_report=trainer.is_logged(trainer.step + 1))
-                    values = trainer.update(run.augmentation(batch, trainer.device))
+                    values = trainer.update(batch)
                     progress.step(trainer.step, epoch, run.log(epoch, values, batches.wait_ms))
                     if trainer.stopping or trainer.step == config.stop_after_steps:
                         run.stop(epoch)
@@ -102,7 +101,6 @@ class Run:
         self.dataset = dataset
         self.folder = folder
         self.threads = fair_threads(config.data.threads, distributed.local_ranks())
-        self.augmentation = Augment(config.augment, config.seed)
         self.trainer = Trainer(
             config,
             accelerator,
@@ -140,10 +138,16 @@ class Run:
         self.progress = TrainingProgress(
             trainer.total_steps, trainer.step, config.epochs, visible=distributed.is_main()
         )
+        trainer.large_batch.say = self.progress.say
+        plan = trainer.plan_memory() if config.batch.micro == "auto" and not trainer.large_batch.micro else None
+        if plan:
+            self.machine["memory_plan"] = plan.to_dict()
         if self.folder:
             self.metrics = MetricsLog(self.folder.path, trainer.step)
             self.folder.write_json("machine.json", self.machine)
         self._introduce(start)
+        if plan:
+            self.progress.say(plan.describe())
         self.timer.restart()
 
     def _introduce(self, start: Literal["fresh", "resume"]) -> None:

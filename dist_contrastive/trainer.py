@@ -15,7 +15,10 @@ from dist_contrastive import distributed, rng, schedules
 from dist_contrastive.batch import Batch
 from dist_contrastive.checkpoint import Checkpoint, CheckpointStore, load_module, load_optimizer, optimizer_tensors
 from dist_contrastive.config import TrainConfig, UserError, require, to_dict
+from dist_contrastive.data.augment import Augment
+from dist_contrastive.large_batch import LargeBatch
 from dist_contrastive.launch import precision_of
+from dist_contrastive.memory_plan import MemoryPlan, make_plan
 from dist_contrastive.methods import METHODS, Method
 from dist_contrastive.optim import build_optimizer, peak_learning_rate
 
@@ -30,9 +33,11 @@ class NonFiniteError(UserError):
 def build_method(config: TrainConfig) -> Method:
     """The method with its initial weights, a pure function of the config: calling it again gives the untrained encoder."""
     cls = METHODS[config.method.name]
+    views, most = config.augment.num_views, cls.max_views
+    wanted = f"exactly {most}" if most == cls.min_views else f"at least {cls.min_views}"
     require(
-        config.augment.num_views >= cls.min_views,
-        f"--augment.num-views {config.augment.num_views}: {config.method.name} needs at least {cls.min_views} views",
+        cls.min_views <= views and (most is None or views <= most),
+        f"--augment.num-views {views}: {config.method.name} needs {wanted} view(s)",
     )
     torch.manual_seed(rng.step_seed(config.seed, 0, 0))
     return cls(config.method, config.encoder, image_size=config.data.image_size, seed=config.seed)
@@ -43,7 +48,7 @@ class Trainer:
 
     Attributes:
         step: how many updates are done; the cursor is `step` times the global batch.
-        method: the bare module; updates go through its DDP wrapper.
+        method: the bare module; `large_batch` has its DDP wrapper.
         stopping: whether the ranks have agreed to stop (a signal reached one of them).
     """
 
@@ -63,7 +68,14 @@ class Trainer:
         self.method = build_method(config)
         self.num_parameters = sum(p.numel() for p in self.method.parameters())
         self._torch_optimizer = build_optimizer(config.optim, self.method)
-        self._ddp, self._optimizer = accelerator.prepare(self.method, self._torch_optimizer)
+        self.large_batch = LargeBatch(
+            self.method,
+            accelerator,
+            Augment(config.augment, config.seed),
+            seed=config.seed,
+            micro=0 if config.batch.micro == "auto" else config.batch.micro,
+        )
+        self._optimizer = accelerator.prepare(self._torch_optimizer)
         self.store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep)
 
     @property
@@ -85,23 +97,25 @@ class Trainer:
         return step % self.config.log_every == 0 or step in (1, self.total_steps)
 
     def update(self, batch: Batch) -> dict[str, float]:
-        """One update by this rank's augmented share of the global batch; returns means over the global batch.
+        """One update by this rank's share of the global batch, as the loader gave it; returns means over the global batch.
 
         Raises `NonFiniteError` on all ranks, before anything is updated, when loss or gradient of any is not finite.
         """
-        # The project's own randomness is keyed by sample; this seeds what a library draws inside a forward pass.
-        torch.manual_seed(rng.step_seed(self.config.seed, self.step, distributed.rank()))
         rate = self._set_learning_rate()
-        self._ddp.train()
-        losses, report = self._ddp(batch)
-        self.accelerator.backward(losses["loss"])
+        outcome = self.large_batch.step(batch, self.step)
         grad_norm = self._clip_gradient()
-        values = self._agree({**losses, **report}, grad_norm)
+        values = self._agree({**outcome.losses, **outcome.report}, grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.step += 1
-        self.method.after_step(self.step / self.total_steps, {})
+        self.method.after_step(self.step / self.total_steps, outcome.embeddings)
         return {**values, "learning_rate": rate}
+
+    def plan_memory(self) -> MemoryPlan:
+        """Find the micro-batch for this machine, and use it from now on; all ranks call it together."""
+        plan = make_plan(self.large_batch, self.config, self.device, new_optimizer=not self._torch_optimizer.state)
+        self.large_batch.micro = plan.micro
+        return plan
 
     def _set_learning_rate(self) -> float:
         optim = self.config.optim
@@ -182,6 +196,7 @@ class Trainer:
                 "dataset_sha256": self._dataset_sha256,
                 "precision": precision_of(self.accelerator),
                 "ranks": distributed.world_size(),
+                "micro": self.large_batch.micro,
                 "optimizer": optimizer_rest,
                 "scaler": scaler.state_dict() if scaler else None,
                 "extra": extra,
@@ -214,6 +229,9 @@ class Trainer:
         load_optimizer(self._torch_optimizer, checkpoint.tensors["optimizer"], state["optimizer"])
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        # A micro-batch that was found or forced stays what it was, for BatchNorm's sake, where it was for the same share.
+        if state["ranks"] == distributed.world_size() and state["config"]["batch"] == to_dict(self.config)["batch"]:
+            self.large_batch.micro = state["micro"]
         self.step = state["step"]
         extra: dict[str, Any] = state["extra"]
         return extra

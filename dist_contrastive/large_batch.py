@@ -1,0 +1,327 @@
+"""The gradient of one step over a global batch of any size, through micro-batches that the memory holds.
+
+Where the loss couples samples, micro-batches take gradient caching (Gao et al. 2021, "Scaling deep contrastive learning
+batch size under memory limited setup"): all embeddings first, without graph; the loss and its gradient at the embeddings of
+all ranks, once; then micro-batch by micro-batch a second forward pass, through which that gradient flows back. It is the
+gradient of the whole batch, not an approximation. Where the loss is a mean over samples, gradients simply add up.
+
+Both passes of a micro-batch see the same augmentation and dropout (functions of the sample) and the same draws of torch's
+generator (seeded by step, rank and micro-batch). BatchNorm normalizes a micro-batch with the micro-batch's own
+statistics (SyncBatchNorm: of all ranks' micro-batches of that number), in both passes, so that the gradient is exact for
+the function that the passes compute; its running statistics take each sample once, and move as far in a step as they do
+without micro-batches. With other normalizations micro-batches change nothing but rounding.
+
+Nothing is updated before all ranks have their gradient: DDP's averaging is one pass of its own at the end. So where one
+rank runs out of memory, all halve the micro-batch and repeat the step.
+"""
+
+import ctypes
+import gc
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dist_contrastive import distributed, rng
+from dist_contrastive.batch import Batch
+from dist_contrastive.config import UserError
+from dist_contrastive.methods.base import Embeddings, Losses, Method, Report
+
+T = TypeVar("T")
+Augmentation = Callable[[Batch, torch.device], Batch]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gives beside the gradient; everything detached."""
+
+    losses: Losses
+    report: Report
+    embeddings: Embeddings
+    """Of the whole rank batch."""
+
+
+class _Embedder(nn.Module):
+    """What DDP wraps: the half of a method that has parameters."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, batch: Batch | None) -> Embeddings:
+        """A batch's embeddings; without one, a zero that depends on each trained parameter."""
+        if batch is not None:
+            return self.method.embed(batch)
+        zeros = [p.sum() * 0 for p in self.method.parameters() if p.requires_grad]
+        return {"zero": torch.stack(zeros).sum()}
+
+
+class LargeBatch:
+    """Computes a step's gradient, averaged over ranks, into the parameters of a method.
+
+    Attributes:
+        micro: samples of one forward pass of this rank at most; halved when any rank runs out of memory.
+        say: what is called with a line of text when that happens.
+    """
+
+    def __init__(
+        self, method: Method, accelerator: Accelerator, augmentation: Augmentation, *, seed: int, micro: int
+    ) -> None:
+        self.method = method
+        self.micro = micro
+        self.say: Callable[[str], None] = lambda text: None
+        self._accelerator = accelerator
+        self._device = accelerator.device
+        self._augmentation = augmentation
+        self._seed = seed
+        self._ddp = accelerator.prepare(_Embedder(method))
+        # Buffers need no broadcast at each step. Unsynchronised BatchNorm statistics differ between ranks, but training never
+        # reads them, and probes and checkpoints take rank 0's; other buffers (a queue) are equal on all ranks by themselves.
+        self._ddp.broadcast_buffers = False
+        self._batch_norms = [m for m in method.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+    def step(self, batch: Batch, step: int) -> Outcome:
+        """The gradient of update number `step` (from 0) by this rank's share `batch`, as the loader gave it.
+
+        Raises `UserError` on all ranks where even the smallest micro-batch does not fit.
+        """
+        self._ddp.train()
+        # Running statistics are the only state that a forward pass moves; an attempt that fails must leave none behind.
+        statistics = [buffer.clone() for buffer in self._statistics()]
+        while True:
+            try:
+                outcome = self._gradient(batch, step)
+            except distributed.RanksFailed as failure:
+                failed = failure.ranks
+            else:
+                self._average()
+                return outcome
+            self.method.zero_grad(set_to_none=True)
+            for buffer, before in zip(self._statistics(), statistics, strict=True):
+                buffer.copy_(before)
+            release_memory(self._device)
+            self._halve(len(batch.labels), step, failed)
+
+    def _halve(self, rank_batch: int, step: int, failed: list[int]) -> None:
+        micro = min(self.micro or rank_batch, rank_batch)
+        if micro == 1:
+            raise UserError(
+                f"step {step + 1}: out of memory on rank(s) {failed} even at one sample at a time; a smaller "
+                "--batch.global, or a method whose negatives come from a queue instead of the batch (recipe "
+                "cifar10_moco_t4, --method.queue), needs less"
+            )
+        self.micro = micro // 2
+        self.say(
+            f"step {step + 1}: out of memory on rank(s) {failed}; repeated with micro-batches of {self.micro} samples "
+            f"instead of {micro}"
+        )
+
+    def _gradient(self, batch: Batch, step: int) -> Outcome:
+        """This rank's gradient; `RanksFailed` on all ranks where any is out of memory."""
+        parts = split(len(batch.labels), self.micro)
+        # The views go to the device one micro-batch at a time.
+        whole = replace(batch, labels=batch.labels.to(self._device), indices=batch.indices.to(self._device))
+        gradient = self._cached if self.method.couples_samples else self._accumulated
+        with self._accelerator.no_sync(self._ddp):
+            losses, embeddings = gradient(whole, parts, step)
+        report = self._attempt(lambda: self.method.report(embeddings, whole))
+        return Outcome({name: loss.detach() for name, loss in losses.items()}, report, embeddings)
+
+    def _attempt(self, call: Callable[[], T]) -> T:
+        return distributed.attempt(call, is_out_of_memory, self._device)
+
+    def _embed(self, batch: Batch, parts: Sequence[slice], number: int, step: int) -> Embeddings:
+        """Embeddings of micro-batch `number`; the same ones each time it is called."""
+        torch.manual_seed(rng.step_seed(self._seed, step, distributed.rank(), number))
+        embeddings: Embeddings = self._ddp(self._augmentation(batch.samples(parts[number]), self._device))
+        return embeddings
+
+    def _cached(self, batch: Batch, parts: Sequence[slice], step: int) -> tuple[Losses, Embeddings]:
+        """Gradient caching. With a single micro-batch the first pass keeps its graph, and there is no second."""
+        single = len(parts) == 1
+
+        def first_pass() -> list[Embeddings]:
+            with ExitStack() as stack:
+                if not single:
+                    stack.enter_context(torch.no_grad())
+                    stack.enter_context(self._statistics_untouched())
+                return [self._embed(batch, parts, number, step) for number in range(len(parts))]
+
+        first = self._attempt(first_pass)
+        embeddings = concatenate(first)
+        leaves = {name: value.requires_grad_() for name, value in embeddings.items()}
+        losses = self._attempt(lambda: self._loss_gradient(leaves, batch))
+        embeddings = {name: value.detach() for name, value in leaves.items()}
+        gradients = {name: value.grad for name, value in leaves.items()}
+
+        def second_pass() -> None:
+            for number, part in enumerate(parts):
+                if single:
+                    again = first[0]
+                else:
+                    with self._statistics_share(parts, number):
+                        again = self._embed(batch, parts, number, step)
+                backward(again, {name: None if g is None else g[:, part] for name, g in gradients.items()})
+
+        self._attempt(second_pass)
+        return losses, embeddings
+
+    def _loss_gradient(self, leaves: Embeddings, batch: Batch) -> Losses:
+        losses = self.method.loss(leaves, batch)
+        self._accelerator.backward(losses["loss"])
+        return losses
+
+    def _accumulated(self, batch: Batch, parts: Sequence[slice], step: int) -> tuple[Losses, Embeddings]:
+        """Plain accumulation, for a loss that is a mean over samples."""
+
+        def passes() -> tuple[list[Losses], list[Embeddings]]:
+            all_losses, all_embeddings = [], []
+            for number, part in enumerate(parts):
+                with self._statistics_share(parts, number):
+                    embeddings = self._embed(batch, parts, number, step)
+                share = (part.stop - part.start) / len(batch.labels)
+                losses = {
+                    name: share * loss for name, loss in self.method.loss(embeddings, batch.samples(part)).items()
+                }
+                self._accelerator.backward(losses["loss"])
+                all_losses.append({name: loss.detach() for name, loss in losses.items()})
+                all_embeddings.append({name: value.detach() for name, value in embeddings.items()})
+            return all_losses, all_embeddings
+
+        all_losses, all_embeddings = self._attempt(passes)
+        total = {name: torch.stack([losses[name] for losses in all_losses]).sum() for name in all_losses[0]}
+        return total, concatenate(all_embeddings)
+
+    def rehearse(self, batch: Batch, rank_batch: int) -> None:
+        """Do once what takes memory in a step of `rank_batch` samples with micro-batches as large as `batch`.
+
+        For the memory plan: the samples may be noise. Leaves no trace but memory that allocators keep. `RanksFailed` on
+        all ranks where any is out of memory.
+        """
+        single = len(batch.labels) >= rank_batch
+        repeats = math.ceil(rank_batch / len(batch.labels))
+        labels = batch.labels.to(self._device)
+        whole = replace(batch, labels=labels.repeat(repeats)[:rank_batch])
+        parts = split(len(batch.labels), 0)
+
+        def leaves_of(embeddings: Embeddings) -> Embeddings:
+            repeated = concatenate([embeddings] * repeats)
+            return {name: value[:, :rank_batch].contiguous().requires_grad_() for name, value in repeated.items()}
+
+        def passes() -> None:
+            if self.method.couples_samples:
+                with torch.set_grad_enabled(single):
+                    first = self._embed(batch, parts, 0, 0)
+                leaves = leaves_of(first)
+                self._loss_gradient(leaves, whole)
+                again = first if single else self._embed(batch, parts, 0, 0)
+                backward(
+                    again,
+                    {name: None if v.grad is None else v.grad[:, : len(labels)] for name, v in leaves.items()},
+                )
+            else:
+                embeddings = self._embed(batch, parts, 0, 0)
+                self._accelerator.backward(self.method.loss(embeddings, replace(batch, labels=labels))["loss"])
+                leaves_of(embeddings)
+
+        try:
+            with self._accelerator.no_sync(self._ddp), self._statistics_untouched():
+                self._attempt(passes)
+        finally:
+            self.method.zero_grad(set_to_none=True)
+
+    def embedding_bytes(self, batch: Batch) -> int:
+        """Size of the embeddings of `batch` in bytes."""
+        with torch.no_grad(), self._accelerator.no_sync(self._ddp), self._statistics_untouched():
+            embeddings = self._embed(batch, split(len(batch.labels), 0), 0, 0)
+        return sum(value.numel() * value.element_size() for value in embeddings.values())
+
+    def _average(self) -> None:
+        """Average the gradients over ranks: DDP's only communication in a step.
+
+        DDP averages in a backward pass that it has prepared; this one adds nothing to the gradients that are there.
+        """
+        if distributed.world_size() > 1:
+            self._ddp(None)["zero"].backward()
+
+    def _statistics(self) -> Iterator[Tensor]:
+        """Running statistics of all BatchNorm layers."""
+        for module in self._batch_norms:
+            yield from module.buffers(recurse=False)
+
+    @contextmanager
+    def _statistics_untouched(self) -> Iterator[None]:
+        """Within the context BatchNorm normalizes by the batch and leaves its running statistics as they are."""
+        for module in self._batch_norms:
+            module.track_running_stats = False
+        try:
+            yield
+        finally:
+            for module in self._batch_norms:
+                module.track_running_stats = True
+
+    @contextmanager
+    def _statistics_share(self, parts: Sequence[slice], number: int) -> Iterator[None]:
+        """Within the context running statistics move by micro-batch `number`'s share of what a whole batch moves them.
+
+        Micro-batch k of share w_k of the samples gets momentum m_k = a·w_k / (1 - a·(w_{k+1} + ...)), so that after all
+        of them old = (1 - a)·old + a·(w_1·s_1 + w_2·s_2 + ...) for the layer's own momentum a.
+        """
+        total = parts[-1].stop
+        share, later = (parts[number].stop - parts[number].start) / total, 1 - parts[number].stop / total
+        before = [module.momentum for module in self._batch_norms]
+        for module, momentum in zip(self._batch_norms, before, strict=True):
+            if momentum is not None:
+                module.momentum = momentum * share / (1 - momentum * later)
+        try:
+            yield
+        finally:
+            for module, momentum in zip(self._batch_norms, before, strict=True):
+                module.momentum = momentum
+
+
+def split(num_samples: int, micro: int) -> list[slice]:
+    """Slices of at most `micro` samples over `num_samples`, as few as possible, whose sizes differ by at most one.
+
+    With `micro` 0 one slice holds all.
+    """
+    count = math.ceil(num_samples / micro) if micro else 1
+    bounds = [num_samples * number // count for number in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
+    """The embeddings of several micro-batches as those of one batch, detached, in storage of their own."""
+    return {name: torch.cat([part[name].detach() for part in parts], dim=1) for name in parts[0]}
+
+
+def backward(embeddings: Embeddings, gradients: dict[str, Tensor | None]) -> None:
+    """Back-propagate gradients that arrive at the embeddings, where these were not detached."""
+    pairs = [(embeddings[name], g) for name, g in gradients.items() if g is not None and embeddings[name].requires_grad]
+    tensors, upstream = zip(*pairs, strict=True)
+    torch.autograd.backward(tensors, upstream)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the machine had no memory for what was asked, on a GPU or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # The CPU allocator and cuBLAS have no exception class of their own.
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed memory back, of a failed attempt, say."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what was freed
+        libc.malloc_trim(0)

@@ -1,0 +1,267 @@
+"""The memory plan (`--batch.micro auto`): the largest micro-batch that this rank's memory holds, found before the first step.
+
+Three small rehearsals of a step, in which every tensor is counted, tell what a step takes for each sample, for the model
+and for the loss over the whole batch. From these follows a micro-batch; a rehearsal with it measures the real peak.
+"""
+
+import resource
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dist_contrastive import distributed
+from dist_contrastive.batch import Batch
+from dist_contrastive.config import TrainConfig, UserError, require
+from dist_contrastive.large_batch import LargeBatch, release_memory
+from dist_contrastive.optim import STATES_PER_PARAMETER
+
+MIB = 2**20
+USABLE = 0.9
+"""Part of the free memory that a step may take: allocators and libraries need some that no tensor shows."""
+SMALL = 4
+"""Samples of the smaller counted rehearsal; the larger has twice as many."""
+MAX_TRIALS = 8
+FIRST_TRIAL = 4
+"""The first trial has this part of the samples that the count allows."""
+TIGHTER = 1.1
+"""How much more than before a step is taken to need, at least, after a trial that took more than there is."""
+
+RESET_PEAK = Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+class TensorCount(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made within the context, on any device.
+
+    Attributes:
+        live: bytes that are held now.
+        peak: the most that was held at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):  # what comes from outside is not counted, nor are views of it
+            if isinstance(tensor, Tensor):
+                self._known[tensor.untyped_storage()] = None
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._known:
+                self._count(tensor.untyped_storage())
+        return output
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self._known[storage] = None
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What a step takes beyond what is held before the first one, in bytes."""
+
+    fixed: float
+    """Gradients, and whatever does not grow with the micro-batch."""
+    per_sample: float
+    """Of one sample in a micro-batch: its views, activations and what backward needs."""
+    whole: float
+    """The loss over the whole rank batch and all ranks' embeddings, and the rank batch's embeddings themselves."""
+    embeddings: float
+    """The embeddings of the rank batch and their gradient."""
+    optimizer: float
+    """The optimizer's state, which the first update makes."""
+
+    def peak(self, micro: int, rank_batch: int) -> float:
+        """Bytes at the worst moment of a step with micro-batches of `micro` samples."""
+        passes = self.fixed + self.per_sample * micro
+        if micro >= rank_batch:  # the graph of the only forward pass is held while the loss is computed
+            return self.optimizer + passes + self.whole
+        return self.optimizer + max(passes + self.embeddings, self.fixed + self.whole)
+
+    def largest(self, limit: float, rank_batch: int) -> int:
+        """The largest micro-batch whose peak is within `limit` bytes; 0 if there is none."""
+        if self.peak(rank_batch, rank_batch) <= limit:
+            return rank_batch
+        if self.peak(1, rank_batch) > limit:
+            return 0
+        left = limit - self.optimizer - self.fixed - self.embeddings
+        return rounded(min(rank_batch - 1, int(left / self.per_sample)))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The micro-batch that was found, and why."""
+
+    micro: int
+    rank_batch: int
+    predicted_mib: float
+    measured_mib: float
+    """The largest peak of any rank, the optimizer's state included."""
+    limit_mib: float
+    """What a step may take on the rank that has least."""
+    trials: int
+    """How many rehearsals were measured."""
+
+    def describe(self) -> str:
+        return (
+            f"micro-batches of {self.micro} of a rank's {self.rank_batch} samples: a step takes {self.measured_mib:,.0f} MiB "
+            f"(measured; {self.predicted_mib:,.0f} predicted) of {self.limit_mib:,.0f} usable"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(large_batch: LargeBatch, config: TrainConfig, device: torch.device, *, new_optimizer: bool) -> MemoryPlan:
+    """Find the micro-batch. All ranks call it together and get the same plan; nothing of the run is changed.
+
+    `new_optimizer` says whether the optimizer has yet to make its state. `UserError` on all ranks where memory can't be
+    measured, or holds no micro-batch.
+    """
+    rank_batch = config.batch.size // distributed.world_size()
+    limit = -_largest(-distributed.together(lambda: usable_bytes(config, device)), device)
+    try:
+        memory = predict(large_batch, config, rank_batch, device, new_optimizer=new_optimizer)
+        hidden = 1.0  # how much more than its tensors a step takes: what libraries allocate inside an operation
+        for trial in range(MAX_TRIALS):
+            micro = int(-_largest(-memory.largest(limit / hidden, rank_batch), device))
+            if micro < 1:
+                break
+            # The first trial is a small one, for what the count did not see.
+            micro = max(1, micro // FIRST_TRIAL) if trial == 0 else micro
+            predicted = _largest(hidden * memory.peak(micro, rank_batch), device)
+            try:
+                peak = measure_peak(partial(large_batch.rehearse, example(config, micro), rank_batch), device)
+            except distributed.RanksFailed:
+                release_memory(device)
+                hidden *= 2
+                continue
+            peak = _largest(peak + memory.optimizer, device)
+            if trial > 0 and peak <= limit:
+                return MemoryPlan(micro, rank_batch, predicted / MIB, peak / MIB, limit / MIB, trial + 1)
+            hidden *= max(1.0, peak / predicted) if trial == 0 else max(TIGHTER, peak / predicted)
+    except distributed.RanksFailed:
+        pass  # not even the rehearsals fit
+    raise UserError(
+        f"--batch.micro auto: {limit / MIB:,.0f} MiB hold no step of {rank_batch} samples a rank; a smaller --batch.global, or "
+        "a method whose negatives come from a queue instead of the batch (recipe cifar10_moco_t4, --method.queue), needs less"
+    )
+
+
+def predict(
+    large_batch: LargeBatch, config: TrainConfig, rank_batch: int, device: torch.device, *, new_optimizer: bool
+) -> StepMemory:
+    """Count the tensors of three small rehearsals; see `StepMemory`. All ranks call it together."""
+
+    def count(micro: int, batch: int) -> int:
+        with TensorCount() as tensors:
+            large_batch.rehearse(example(config, micro), batch)
+        return tensors.peak
+
+    small, large = min(SMALL, rank_batch), min(2 * SMALL, rank_batch)
+    # Twice the samples in the batch, so that these are micro-batches, whose graph is not held during the loss.
+    of_small, of_large = count(small, 2 * small), count(large, 2 * large)
+    per_sample = (of_large - of_small) / (large - small) if large > small else of_small / small
+    fixed = max(0.0, of_small - per_sample * small)
+    embeddings = 2.0 * large_batch.embedding_bytes(example(config, small)) / small * rank_batch
+    parameters = sum(p.numel() * p.element_size() for p in large_batch.method.parameters() if p.requires_grad)
+    states = STATES_PER_PARAMETER[config.optim.name] if new_optimizer else 0
+    whole = float(count(small, rank_batch)) if rank_batch > 2 * small else embeddings
+    return StepMemory(fixed, per_sample, whole, embeddings, float(states * parameters))
+
+
+def example(config: TrainConfig, num_samples: int) -> Batch:
+    """A batch as the loader would give it, of noise."""
+    side = config.data.image_size
+    return Batch(
+        views=torch.randint(0, 256, (config.augment.num_views, num_samples, side, side, 3), dtype=torch.uint8),
+        labels=torch.arange(num_samples) // 2,
+        indices=torch.arange(num_samples),
+        epoch=0,
+        wants_report=False,
+    )
+
+
+def usable_bytes(config: TrainConfig, device: torch.device) -> float:
+    """What a step of this rank may take: USABLE of the free memory, or what `--batch.memory-gib` says.
+
+    `UserError` where the system does not tell.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        for path in (RESET_PEAK, STATUS):
+            require(
+                path.exists(),
+                f"--batch.micro auto: this system does not tell how much memory a process takes (no {path}); give "
+                "--batch.micro N",
+            )
+        free = _free_host_memory() // distributed.local_ranks()
+    if config.batch.memory_gib:
+        return min(float(free), config.batch.memory_gib * 2**30)
+    return USABLE * free
+
+
+def _free_host_memory() -> int:
+    """Bytes that this host's ranks may still take: of the machine, of the container, of the process's limit."""
+    free = psutil.virtual_memory().available
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((CGROUP / "memory.current").read_text()))
+    except OSError:  # no cgroup of its own, or an older kind, whose limit psutil does not show either
+        pass
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        free = min(free, (soft - psutil.Process().memory_info().vms) * distributed.local_ranks())
+    return max(0, free)
+
+
+def measure_peak(call: Callable[[], None], device: torch.device) -> float:
+    """Bytes by which `call()` raises this process's memory at its worst moment: allocated on a GPU, resident on the CPU."""
+    release_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return float(torch.cuda.max_memory_allocated(device) - before)
+    RESET_PEAK.write_text("5")  # the peak of resident memory starts again from what is resident now (proc(5))
+    before = _status_bytes("VmRSS")
+    call()
+    return float(max(0, _status_bytes("VmHWM") - before))
+
+
+def _status_bytes(name: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def rounded(micro: int) -> int:
+    """The micro-batch down to a multiple of 8, which tensor cores like, where it has as many."""
+    return micro - micro % 8 if micro >= 8 else micro
+
+
+def _largest(value: float, device: torch.device) -> float:
+    """The largest of all ranks' values."""
+    return float(distributed.all_gather_rows(torch.tensor([value], dtype=torch.float32, device=device)).max())

@@ -1,0 +1,49 @@
+"""Single steps for tests: a small method, one fixed global batch, and the gradient that a step leaves."""
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from dist_contrastive.batch import Batch
+from dist_contrastive.config import EncoderConfig, HeadConfig
+from dist_contrastive.distributed import rank, world_size
+from dist_contrastive.large_batch import LargeBatch
+from dist_contrastive.methods import METHODS, Method
+
+GLOBAL_BATCH = 8
+SIDE = 16
+
+
+def build(name: str, encoder: EncoderConfig) -> Method:
+    torch.manual_seed(0)
+    config = METHODS[name].Config(projector=HeadConfig(layers=2, hidden_size=32, output_size=16))
+    method = METHODS[name](config, encoder, image_size=SIDE, seed=0)
+    # timm starts residual branches at zero, which would hide their gradients.
+    for parameter in method.parameters():
+        if parameter.ndim == 1 and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return method
+
+
+def share_of_batch(method: Method) -> Batch:
+    """This rank's share of one fixed global batch, already augmented."""
+    generator = torch.Generator().manual_seed(1)
+    views = torch.randn(method.min_views, GLOBAL_BATCH, 3, SIDE, SIDE, generator=generator)
+    indices = torch.randperm(1000, generator=generator)[:GLOBAL_BATCH]
+    whole = Batch(views=views, labels=indices % 3, indices=indices, epoch=3)
+    return whole.samples(slice(rank() * GLOBAL_BATCH // world_size(), (rank() + 1) * GLOBAL_BATCH // world_size()))
+
+
+def as_it_is(batch: Batch, device: torch.device) -> Batch:
+    """No augmentation."""
+    return batch
+
+
+def large_batch(method: Method, micro: int, precision: str = "no") -> LargeBatch:
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test of this process may have had another precision
+    return LargeBatch(method, Accelerator(cpu=True, mixed_precision=precision), as_it_is, seed=0, micro=micro)
+
+
+def gradient_of(method: Method) -> dict[str, np.ndarray]:
+    return {name: p.grad.numpy().copy() for name, p in method.named_parameters() if p.grad is not None}

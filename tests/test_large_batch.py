@@ -1,0 +1,334 @@
+"""Gradient caching and what surrounds it: BatchNorm, replayed randomness, one communication, memory that runs out."""
+
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_contrastive import distributed
+from dist_contrastive.batch import Batch
+from dist_contrastive.config import BatchConfig, EncoderConfig, UserError
+from dist_contrastive.large_batch import is_out_of_memory, split
+from dist_contrastive.methods.base import Embeddings, Losses, Report
+from dist_contrastive.methods.simclr import SimCLR
+from tests.harness import RankError, run_ranks
+from tests.runs import (
+    STEPS_PER_EPOCH,
+    assert_same_state,
+    losses_of,
+    metrics_of,
+    newest_checkpoint,
+    tiny_config,
+    train_on_rank,
+    write_dataset,
+)
+from tests.steps import GLOBAL_BATCH, build, gradient_of, large_batch, share_of_batch
+
+GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
+BATCH = EncoderConfig(name="resnet10_w16", stem="small", norm="batch")
+
+
+def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    one = np.concatenate([found[n].ravel() for n in sorted(found)]).astype(np.float64)
+    other = np.concatenate([expected[n].ravel() for n in sorted(expected)]).astype(np.float64)
+    assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize(("num_samples", "micro"), [(8, 0), (8, 8), (8, 3), (8, 4), (7, 3), (5, 2), (3, 9), (4, 1)])
+def test_split_is_balanced_and_covers_all(num_samples: int, micro: int) -> None:
+    parts = split(num_samples, micro)
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(num_samples))
+    sizes = [part.stop - part.start for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    if micro:
+        assert max(sizes) <= micro
+        assert len(parts) == -(-num_samples // micro)
+
+
+@pytest.mark.parametrize("micro", [4, 3])
+def test_batch_norm_takes_the_micro_batchs_statistics_in_both_passes(micro: int) -> None:
+    """The gradient is that of the function in which each micro-batch is embedded by itself and the loss sees all."""
+    method = build("simclr", BATCH).train()
+    batch = share_of_batch(method)
+    parts = [method.embed(batch.samples(part)) for part in split(GLOBAL_BATCH, micro)]
+    method.loss({"z": torch.cat([part["z"] for part in parts], dim=1)}, batch)["loss"].backward()
+    expected = gradient_of(method)
+    again = build("simclr", BATCH)
+    large_batch(again, micro).step(batch, 0)
+    assert_close(gradient_of(again), expected)
+    whole = build("simclr", BATCH)
+    large_batch(whole, 0).step(batch, 0)
+    with pytest.raises(AssertionError):  # with batch statistics it is another function than without micro-batches
+        assert_close(gradient_of(whole), expected, tolerance=1e-2)
+
+
+@pytest.mark.parametrize("micro", [8, 4, 3])
+@pytest.mark.parametrize("name", ["simclr", "byol"])
+def test_running_statistics_take_each_sample_once_and_move_as_far_as_without_micro_batches(
+    name: str, micro: int
+) -> None:
+    method = build(name, BATCH)
+    bn = next(m for m in method.encoder.modules() if isinstance(m, nn.BatchNorm2d))
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    assert bn.momentum == 0.1
+    bn.running_mean.fill_(0.7)
+    seen: list[Tensor] = []
+    bn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    batch = share_of_batch(method)
+    large_batch(method, micro).step(batch, 0)
+    parts = split(GLOBAL_BATCH, micro)
+    first = seen[: len(parts)]
+    means = [x.mean((0, 2, 3)) for x in first]
+    variances = [x.var((0, 2, 3), unbiased=True) for x in first]
+    shares = [(part.stop - part.start) / GLOBAL_BATCH for part in parts]
+    mean = 0.9 * 0.7 + 0.1 * sum(share * m for share, m in zip(shares, means, strict=True))
+    var = 0.9 * 1.0 + 0.1 * sum(share * v for share, v in zip(shares, variances, strict=True))
+    torch.testing.assert_close(bn.running_mean, mean)
+    torch.testing.assert_close(bn.running_var, var)
+    assert bn.num_batches_tracked == len(parts)
+    assert bn.momentum == 0.1
+    assert bn.track_running_stats
+
+
+class Noisy(SimCLR):
+    """Draws from torch's own generator inside its forward pass, as stochastic depth does."""
+
+    draws: list[Tensor]
+
+    def embed(self, batch: Batch) -> Embeddings:
+        noise = torch.rand(len(batch.labels))
+        self.draws.append(noise)
+        return {"z": super().embed(batch)["z"] * noise[None, :, None]}
+
+
+def test_what_a_library_draws_is_replayed_in_the_second_pass() -> None:
+    method = build("simclr", GROUP)
+    method.__class__ = Noisy
+    assert isinstance(method, Noisy)
+    method.draws = []
+    large_batch(method, 3).step(share_of_batch(method), 5)
+    first, second = method.draws[:3], method.draws[3:]
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert len({float(x[0]) for x in first}) == 3, "each micro-batch has numbers of its own"
+
+
+def test_bf16_with_micro_batches_follows_bf16_without() -> None:
+    one, other = build("simclr", GROUP), build("simclr", GROUP)
+    outcomes = [large_batch(m, micro, "bf16").step(share_of_batch(m), 0) for m, micro in ((one, 0), (other, 3))]
+    assert outcomes[0].embeddings["z"].dtype == torch.float32
+    assert_close(gradient_of(other), gradient_of(one), tolerance=2e-2)
+    exact = build("simclr", GROUP)
+    large_batch(exact, 0).step(share_of_batch(exact), 0)
+    with pytest.raises(AssertionError):
+        assert_close(gradient_of(one), gradient_of(exact), tolerance=1e-4)
+
+
+def communicated(rank: int, name: str, micro: int) -> int:
+    """How many numbers DDP sends in one step."""
+    method = build(name, GROUP)
+    steps = large_batch(method, micro)
+    sent: list[int] = []
+
+    def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        sent.append(bucket.buffer().numel())
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    steps._ddp.register_comm_hook(None, hook)
+    steps.step(share_of_batch(method), 0)
+    return sum(sent) - sum(p.numel() for p in method.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["simclr", "byol"])
+def test_ddp_sends_each_gradient_once(name: str) -> None:
+    assert run_ranks(communicated, 2, name, 1) == [0, 0]
+
+
+# Memory that runs out.
+
+
+class Failing(SimCLR):
+    """Out of memory on one rank, at one moment, whenever more than `fits` samples are embedded at once."""
+
+    moment: str
+    fits: int
+    failing_rank: int
+    largest = 0
+    calls = 0
+
+    def fail(self, moment: str) -> None:
+        self.calls += moment == "embed"
+        if distributed.rank() == self.failing_rank and self.largest > self.fits and moment == self.moment:
+            raise torch.OutOfMemoryError("injected")
+
+    def embed(self, batch: Batch) -> Embeddings:
+        self.largest = len(batch.labels)
+        self.fail("second pass" if torch.is_grad_enabled() else "embed")
+        return super().embed(batch)
+
+    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+        distributed.gather_with_grad(embeddings["z"])
+        self.fail("between two collectives")
+        losses = super().loss(embeddings, batch)
+        losses["loss"].register_hook(lambda gradient: self.fail("backward of the loss"))
+        return losses
+
+    def report(self, embeddings: Embeddings, batch: Batch) -> Report:
+        self.fail("report")
+        return super().report(embeddings, batch)
+
+
+def fail_at(rank: int, moment: str, norm: EncoderConfig) -> tuple[int, list[str], dict[str, np.ndarray], list[float]]:
+    """A step of which rank 1 can do only micro-batches of 1; what the micro-batch became, what was said, the gradient."""
+    method = build("simclr", norm)
+    method.__class__ = Failing
+    assert isinstance(method, Failing)
+    method.moment, method.fits, method.failing_rank = moment, 1, 1
+    steps = large_batch(method, 3)
+    said: list[str] = []
+    steps.say = said.append
+    steps.step(share_of_batch(method), 0)
+    return steps.micro, said, gradient_of(method), [float(b.double().sum()) for b in method.buffers()]
+
+
+def undisturbed(rank: int, norm: EncoderConfig) -> tuple[dict[str, np.ndarray], list[float]]:
+    method = build("simclr", norm)
+    large_batch(method, 1).step(share_of_batch(method), 0)
+    return gradient_of(method), [float(b.double().sum()) for b in method.buffers()]
+
+
+@pytest.mark.parametrize(
+    "moment", ["embed", "between two collectives", "backward of the loss", "second pass", "report"]
+)
+def test_out_of_memory_on_one_rank_of_two_makes_both_halve_and_repeat(moment: str) -> None:
+    shares = run_ranks(fail_at, 2, moment, BATCH)
+    expected = run_ranks(undisturbed, 2, BATCH)
+    for (micro, said, gradient, buffers), (clean_gradient, clean_buffers) in zip(shares, expected, strict=True):
+        assert micro == 1
+        assert said == ["step 1: out of memory on rank(s) [1]; repeated with micro-batches of 1 samples instead of 3"]
+        assert_close(gradient, clean_gradient, tolerance=1e-6)
+        assert buffers == clean_buffers, "the failed attempt left running statistics behind"
+
+
+def never_fits(rank: int) -> str:
+    method = build("simclr", GROUP)
+    method.__class__ = Failing
+    assert isinstance(method, Failing)
+    method.moment, method.fits, method.failing_rank = "between two collectives", 0, 0
+    with pytest.raises(UserError) as caught:
+        large_batch(method, 0).step(share_of_batch(method), 0)
+    return str(caught.value)
+
+
+def test_where_no_micro_batch_fits_the_message_names_the_queue() -> None:
+    for message in run_ranks(never_fits, 2):
+        assert message.startswith("step 1: out of memory on rank(s) [0] even at one sample at a time")
+        assert "cifar10_moco_t4" in message
+
+
+def other_error(rank: int) -> None:
+    method = build("simclr", GROUP)
+    method.loss = None  # type: ignore[assignment, method-assign]
+    large_batch(method, 2).step(share_of_batch(method), 0)
+
+
+def test_an_error_that_is_none_of_memory_is_not_repeated() -> None:
+    with pytest.raises(RankError, match="TypeError"):
+        run_ranks(other_error, 1)
+
+
+class Hungry(SimCLR):
+    """Asks for memory by the sample, which the process's limit does not allow for more than two."""
+
+    def embed(self, batch: Batch) -> Embeddings:
+        torch.empty(len(batch.labels) * 2**28).fill_(0)  # a GiB a sample
+        return super().embed(batch)
+
+
+def really_out_of_memory(rank: int) -> tuple[int, dict[str, np.ndarray]]:
+    method = build("simclr", GROUP)
+    steps = large_batch(method, 0)
+    batch = share_of_batch(method)
+    method.loss(method.embed(batch.samples(slice(0, 2))), batch.samples(slice(0, 2)))  # threads and libraries are there
+    method.__class__ = Hungry
+    if rank == 1:
+        limit = psutil.Process().memory_info().vms + 5 * 2**29
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    steps.step(batch, 0)
+    return steps.micro, gradient_of(method)
+
+
+def test_memory_that_really_runs_out_on_one_rank() -> None:
+    shares = run_ranks(really_out_of_memory, 2)
+    assert [micro for micro, _ in shares] == [2, 2]
+    whole = build("simclr", GROUP)
+    large_batch(whole, 0).step(share_of_batch(whole), 0)
+    for _, gradient in shares:
+        assert_close(gradient, gradient_of(whole))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
+            True,
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+# Whole runs.
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+def test_a_run_in_micro_batches_follows_one_without(dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "whole", dataset, norm="group", stop_after_steps=12)
+    run_ranks(train_on_rank, 1, config)
+    micro = replace(config, run_dir=tmp_path / "micro", batch=replace(config.batch, micro=3))
+    run_ranks(train_on_rank, 2, micro)
+    np.testing.assert_allclose(losses_of(micro.run_dir), losses_of(config.run_dir), rtol=0, atol=1e-4)
+
+
+def test_a_run_in_micro_batches_resumes_bit_for_bit(dataset: Path, tmp_path: Path) -> None:
+    last = STEPS_PER_EPOCH + 3
+    whole = tiny_config(tmp_path / "whole", dataset, stop_after_steps=last)
+    whole = replace(whole, batch=replace(whole.batch, micro=3))
+    run_ranks(train_on_rank, 2, whole)
+    parts = replace(whole, run_dir=tmp_path / "parts", stop_after_steps=4)
+    run_ranks(train_on_rank, 2, parts)
+    run_ranks(train_on_rank, 2, replace(parts, stop_after_steps=last))
+    assert_same_state(newest_checkpoint(parts.run_dir), newest_checkpoint(whole.run_dir))
+    assert metrics_of(parts.run_dir) == metrics_of(whole.run_dir)
+
+
+def test_a_micro_batch_larger_than_a_ranks_share_is_refused(dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", dataset)
+    with pytest.raises(RankError, match=r"--batch.micro 9: a rank has 8 samples of a step; give at most that"):
+        run_ranks(train_on_rank, 2, replace(config, batch=replace(config.batch, micro=9)))
+
+
+@pytest.mark.parametrize("micro", [-1])
+def test_a_negative_micro_batch_is_refused(micro: int) -> None:
+    with pytest.raises(UserError, match=r"^--batch.micro -1: give 0"):
+        BatchConfig(micro=micro)
