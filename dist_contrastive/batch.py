@@ -23,3 +23,7 @@ class Batch:
     def samples(self, part: slice) -> "Batch":
         """The samples `part` of it, all their views."""
         return replace(self, views=self.views[:, part], labels=self.labels[part], indices=self.indices[part])
+
+    def view(self, number: int) -> "Batch":
+        """All samples, one of their views."""
+        return replace(self, views=self.views[number : number + 1])

@@ -1,7 +1,11 @@
-"""SimCLR (Chen et al. 2020, "A simple framework for contrastive learning of visual representations")."""
+"""SimCLR (Chen et al. 2020, "A simple framework for contrastive learning of visual representations").
+
+With two variants of its loss: positives by label (SupCon, Khosla et al. 2020, "Supervised contrastive learning") and
+positives left out of the denominator (DCL, Yeh et al. 2022, "Decoupled contrastive learning"), which needs smaller batches.
+"""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from torch.nn import functional as F
@@ -9,7 +13,7 @@ from torch.nn import functional as F
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import EncoderConfig, MethodConfig, require
-from dist_contrastive.losses.infonce import nt_xent
+from dist_contrastive.losses.infonce import nt_xent, supervised
 from dist_contrastive.methods.base import Embeddings, Losses, Method
 
 
@@ -18,10 +22,18 @@ class SimCLRConfig(MethodConfig):
     name: Annotated[str, tyro.conf.Fixed] = "simclr"
     temperature: float = 0.1
     """Divides the cosine similarities; smaller weighs the hardest negatives more."""
+    positives: Literal["views", "labels"] = "views"
+    """views: the other views of the sample; labels: all views of all samples of its label (SupCon)."""
+    decoupled: bool = False
+    """Leave positives out of the denominator (DCL)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.temperature > 0, f"--method.temperature {self.temperature}: give a positive number")
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.positives == "labels"
 
 
 class SimCLR(Method):
@@ -31,18 +43,22 @@ class SimCLR(Method):
 
     def __init__(self, config: SimCLRConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
         super().__init__(config, encoder, image_size=image_size, seed=seed)
-        self.temperature = config.temperature
+        self.config = config
 
     def embed(self, batch: Batch) -> Embeddings:
         return {"z": F.normalize(self.project(batch), dim=-1)}
 
     def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+        num_views = len(embeddings["z"])
         anchors = embeddings["z"].flatten(0, 1)
-        loss = nt_xent(
-            anchors,
-            distributed.gather_with_grad(anchors),
-            offset=distributed.rank() * len(anchors),
-            num_views=len(embeddings["z"]),
-            temperature=self.temperature,
-        )
+        everyone = distributed.gather_with_grad(anchors)
+        offset = distributed.rank() * len(anchors)
+        temperature, decoupled = self.config.temperature, self.config.decoupled
+        if self.config.needs_labels:
+            labels = distributed.all_gather_rows(batch.labels.repeat(num_views))
+            loss = supervised(anchors, everyone, labels, offset=offset, temperature=temperature, decoupled=decoupled)
+        else:
+            loss = nt_xent(
+                anchors, everyone, offset=offset, num_views=num_views, temperature=temperature, decoupled=decoupled
+            )
         return {"loss": loss}

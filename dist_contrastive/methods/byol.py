@@ -1,0 +1,58 @@
+"""BYOL (Grill et al. 2020, "Bootstrap your own latent: a new approach to self-supervised learning")."""
+
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import tyro
+from torch import nn
+
+from dist_contrastive.batch import Batch
+from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, require
+from dist_contrastive.losses.regression import cross_view_cosine
+from dist_contrastive.methods.base import Embeddings, Losses, Method
+from dist_contrastive.models.heads import build_head
+from dist_contrastive.models.teacher import Teacher
+from dist_contrastive.schedules import ema_momentum
+
+
+@dataclass(frozen=True)
+class BYOLConfig(MethodConfig):
+    """Defaults of section 3.2."""
+
+    name: Annotated[str, tyro.conf.Fixed] = "byol"
+    projector: HeadConfig = field(default_factory=lambda: HeadConfig(layers=2, hidden_size=4096, output_size=256))
+    predictor: HeadConfig = field(default_factory=lambda: HeadConfig(layers=2, hidden_size=4096))
+    """Its output has the size of the embedding."""
+    momentum: float = 0.996
+    """The teacher's at the start; it rises to 1 on a cosine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.momentum <= 1, f"--method.momentum {self.momentum}: give a number in [0, 1]")
+
+
+class BYOL(Method):
+    """Each view's prediction looks for what the teacher makes of the other view."""
+
+    Config = BYOLConfig
+    couples_samples = False
+
+    def __init__(self, config: BYOLConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
+        super().__init__(config, encoder, image_size=image_size, seed=seed)
+        self.momentum = config.momentum
+        size = config.projector.output_size
+        self.predictor = build_head(replace(config.predictor, output_size=size), size, encoder.norm)
+        self.teacher = Teacher(nn.Sequential(self.encoder, self.projector))
+
+    def embed(self, batch: Batch) -> Embeddings:
+        z = self.project(batch)
+        predictions = self.predictor(z.flatten(0, 1)).float().view_as(z)
+        targets = self.teacher(batch.views.flatten(0, 1)).float().view_as(z)
+        return {"z": z.detach(), "q": predictions, "k": targets}
+
+    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+        # Equation 2 summed over both directions: two ordered pairs of views, each 2 - 2 cos.
+        return {"loss": 2 * (2 - 2 * cross_view_cosine(embeddings["q"], embeddings["k"]))}
+
+    def after_step(self, progress: float, embeddings: Embeddings) -> None:
+        self.teacher.follow(nn.Sequential(self.encoder, self.projector), ema_momentum(progress, self.momentum))

@@ -1,0 +1,104 @@
+"""MoCo v2 (He et al. 2020, "Momentum contrast for unsupervised visual representation learning"; Chen et al. 2020, "Improved
+baselines with momentum contrastive learning")."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dist_contrastive import distributed
+from dist_contrastive.batch import Batch
+from dist_contrastive.config import EncoderConfig, MethodConfig, require
+from dist_contrastive.losses.infonce import queue_nce
+from dist_contrastive.losses.statistics import positive_cosine
+from dist_contrastive.methods.base import Embeddings, Losses, Method, Report
+from dist_contrastive.models.teacher import Teacher
+from dist_contrastive.rng import Stream, fold, sample_keys
+
+QUERY, KEY = 0, 1  # the views
+
+
+@dataclass(frozen=True)
+class MoCoConfig(MethodConfig):
+    """Defaults of MoCo v2 and the authors' code (moco-k, moco-m, moco-t of version 2)."""
+
+    name: Annotated[str, tyro.conf.Fixed] = "moco"
+    queue: int = 65536
+    """How many past keys are the negatives; a multiple of the global batch."""
+    momentum: float = 0.999
+    """The teacher's, constant."""
+    temperature: float = 0.2
+    """Divides the cosine similarities."""
+    key_groups: int = 8
+    """In how many groups BatchNorm sees the keys of a forward pass; it stands for the GPUs of the paper."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.queue >= 1, f"--method.queue {self.queue}: give at least the global batch")
+        require(0 <= self.momentum <= 1, f"--method.momentum {self.momentum}: give a number in [0, 1]")
+        require(self.temperature > 0, f"--method.temperature {self.temperature}: give a positive number")
+        require(self.key_groups >= 1, f"--method.key-groups {self.key_groups}: give at least 1")
+
+    def check_global_batch(self, size: int) -> None:
+        require(
+            self.queue % size == 0,
+            f"--method.queue {self.queue}: must be a multiple of --batch.global {size}; give "
+            f"{max(size, self.queue // size * size)}",
+        )
+
+
+class MoCo(Method):
+    """A query looks for its key among the keys of past batches.
+
+    The queue is a buffer that all ranks fill with the keys of all ranks, so it is the same on each without ever being sent.
+    """
+
+    Config = MoCoConfig
+    max_views = 2
+    couples_samples = False
+    queue: Tensor
+    queue_pointer: Tensor
+
+    def __init__(self, config: MoCoConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
+        super().__init__(config, encoder, image_size=image_size, seed=seed)
+        self.config = config
+        self.teacher = Teacher(nn.Sequential(self.encoder, self.projector))
+        rows = F.normalize(torch.randn(config.queue, config.projector.output_size), dim=1)
+        self.register_buffer("queue", rows)
+        self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
+
+    def embed(self, batch: Batch) -> Embeddings:
+        query = F.normalize(self.project(batch.view(QUERY)), dim=-1)
+        return {"z": query.detach(), "q": query, "k": self._keys(batch)[None]}
+
+    def _keys(self, batch: Batch) -> Tensor:
+        """The teacher's embeddings [B, E] of the second view, of unit length, in the samples' order.
+
+        BatchNorm would betray which key belongs to a query: both are normalized by statistics of the same samples, unlike
+        the keys in the queue. So the keys are normalized in groups of their own, of shuffled samples (shuffling BN, He et
+        al. 2020, section 3.3, where the groups are the GPUs); in groups of two at least.
+        """
+        keys = sample_keys(self.seed, batch.epoch, batch.indices, KEY)
+        order = fold(keys, int(Stream.SHUFFLE)).argsort()
+        num_groups = max(1, min(self.config.key_groups, len(order) // 2))
+        groups = batch.views[KEY][order].tensor_split(num_groups)
+        shuffled = torch.cat([self.teacher(group).float() for group in groups])
+        return F.normalize(torch.empty_like(shuffled).index_copy_(0, order, shuffled), dim=-1)
+
+    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+        loss = queue_nce(embeddings["q"][0], embeddings["k"][0], self.queue, temperature=self.config.temperature)
+        return {"loss": loss}
+
+    def report(self, embeddings: Embeddings, batch: Batch) -> Report:
+        pair = torch.cat([embeddings["q"], embeddings["k"]]).detach()
+        return {**super().report(embeddings, batch), "positive_cosine": positive_cosine(pair)}
+
+    def after_step(self, progress: float, embeddings: Embeddings) -> None:
+        self.teacher.follow(nn.Sequential(self.encoder, self.projector), self.config.momentum)
+        keys = distributed.all_gather_rows(embeddings["k"][0])
+        start = int(self.queue_pointer)
+        self.queue[start : start + len(keys)] = keys
+        self.queue_pointer.fill_((start + len(keys)) % len(self.queue))

@@ -1,0 +1,74 @@
+"""MoCo v3 (Chen, Xie and He 2021, "An empirical study of training self-supervised vision transformers")."""
+
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import torch
+import tyro
+from torch import nn
+from torch.nn import functional as F
+
+from dist_contrastive import distributed
+from dist_contrastive.batch import Batch
+from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, require
+from dist_contrastive.losses.infonce import indexed_nce
+from dist_contrastive.methods.base import Embeddings, Losses, Method
+from dist_contrastive.models.heads import build_head
+from dist_contrastive.models.teacher import Teacher
+from dist_contrastive.schedules import ema_momentum
+
+
+@dataclass(frozen=True)
+class MoCoV3Config(MethodConfig):
+    """Defaults of the authors' code for ResNet-50."""
+
+    name: Annotated[str, tyro.conf.Fixed] = "mocov3"
+    projector: HeadConfig = field(
+        default_factory=lambda: HeadConfig(layers=2, hidden_size=4096, output_size=256, output_norm=True)
+    )
+    predictor: HeadConfig = field(default_factory=lambda: HeadConfig(layers=2, hidden_size=4096))
+    """Its output has the size of the embedding."""
+    momentum: float = 0.99
+    """The teacher's at the start; it rises to 1 on a cosine."""
+    temperature: float = 1.0
+    """Divides the cosine similarities (0.2 for vision transformers)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.momentum <= 1, f"--method.momentum {self.momentum}: give a number in [0, 1]")
+        require(self.temperature > 0, f"--method.temperature {self.temperature}: give a positive number")
+
+
+class MoCoV3(Method):
+    """Each view's prediction looks for the teacher's embedding of the other view among those of the global batch."""
+
+    Config = MoCoV3Config
+    max_views = 2
+
+    def __init__(self, config: MoCoV3Config, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
+        super().__init__(config, encoder, image_size=image_size, seed=seed)
+        self.config = config
+        size = config.projector.output_size
+        self.predictor = build_head(replace(config.predictor, output_size=size), size, encoder.norm)
+        self.teacher = Teacher(nn.Sequential(self.encoder, self.projector))
+
+    def embed(self, batch: Batch) -> Embeddings:
+        z = self.project(batch)
+        queries = F.normalize(self.predictor(z.flatten(0, 1)).float().view_as(z), dim=-1)
+        keys = F.normalize(self.teacher(batch.views.flatten(0, 1)).float().view_as(z), dim=-1)
+        return {"z": z.detach(), "q": queries, "k": keys}
+
+    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+        queries, keys = embeddings["q"], embeddings["k"]
+        temperature = self.config.temperature
+        own = torch.arange(queries.shape[1], device=queries.device) + distributed.rank() * queries.shape[1]
+        # Algorithm 1: the sum of both directions; 2 T keeps the gradient's size independent of the temperature.
+        directions = [
+            indexed_nce(query, distributed.all_gather_rows(key), own, temperature=temperature)
+            for query, key in ((queries[0], keys[1]), (queries[1], keys[0]))
+        ]
+        return {"loss": 2 * temperature * torch.stack(directions).sum()}
+
+    def after_step(self, progress: float, embeddings: Embeddings) -> None:
+        momentum = ema_momentum(progress, self.config.momentum)
+        self.teacher.follow(nn.Sequential(self.encoder, self.projector), momentum)

@@ -1,0 +1,44 @@
+"""SimSiam (Chen and He 2021, "Exploring simple Siamese representation learning")."""
+
+from dataclasses import dataclass, field, replace
+from typing import Annotated
+
+import tyro
+
+from dist_contrastive.batch import Batch
+from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig
+from dist_contrastive.losses.regression import cross_view_cosine
+from dist_contrastive.methods.base import Embeddings, Losses, Method
+from dist_contrastive.models.heads import build_head
+
+
+@dataclass(frozen=True)
+class SimSiamConfig(MethodConfig):
+    """Sizes of the heads as in section 4.2 of the paper and the authors' code."""
+
+    name: Annotated[str, tyro.conf.Fixed] = "simsiam"
+    projector: HeadConfig = field(
+        default_factory=lambda: HeadConfig(layers=3, hidden_size=2048, output_size=2048, output_norm=True)
+    )
+    predictor: HeadConfig = field(default_factory=lambda: HeadConfig(layers=2, hidden_size=512))
+    """Its output has the size of the embedding."""
+
+
+class SimSiam(Method):
+    """Each view's prediction looks for the other view's embedding, which stands still (section 3, algorithm 1)."""
+
+    Config = SimSiamConfig
+    couples_samples = False
+
+    def __init__(self, config: SimSiamConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
+        super().__init__(config, encoder, image_size=image_size, seed=seed)
+        size = config.projector.output_size
+        self.predictor = build_head(replace(config.predictor, output_size=size), size, encoder.norm)
+
+    def embed(self, batch: Batch) -> Embeddings:
+        z = self.project(batch)
+        predictions = self.predictor(z.flatten(0, 1)).float().view_as(z)
+        return {"z": z.detach(), "q": predictions}
+
+    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+        return {"loss": -cross_view_cosine(embeddings["q"], embeddings["z"])}
