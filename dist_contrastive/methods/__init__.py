@@ -3,6 +3,7 @@
 from dist_contrastive.methods.barlow import Barlow
 from dist_contrastive.methods.base import Method
 from dist_contrastive.methods.byol import BYOL
+from dist_contrastive.methods.cpc import CPC
 from dist_contrastive.methods.margin import Margin
 from dist_contrastive.methods.moco import MoCo
 from dist_contrastive.methods.mocov3 import MoCoV3
@@ -19,4 +20,5 @@ METHODS: dict[str, type[Method]] = {
     "simsiam": SimSiam,
     "barlow": Barlow,
     "vicreg": VICReg,
+    "cpc": CPC,
 }
