@@ -139,7 +139,7 @@ class LargeBatch:
 
     def _embed(self, batch: Batch, parts: Sequence[slice], number: int, step: int) -> Embeddings:
         """Embeddings of micro-batch `number`; the same ones each time it is called."""
-        torch.manual_seed(rng.step_seed(self._seed, step, distributed.rank(), number))
+        torch.manual_seed(rng.step_seed(self._seed, step, distributed.rank()) + number)
         embeddings: Embeddings = self._ddp(self._augmentation(batch.samples(parts[number]), self._device))
         return embeddings
 

@@ -96,10 +96,9 @@ def permutation(seed: int, epoch: int, num_samples: int) -> np.ndarray:
     return np.argsort(fold(key, np.arange(num_samples, dtype=np.int64)), kind="stable")
 
 
-def step_seed(seed: int, step: int, rank: int, part: int = 0) -> int:
-    """A seed in [0, 2**63) for library code that draws from torch's own generator within one step of one rank, or within
-    one micro-batch of it."""
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed in [0, 2**63) for library code that draws from torch's own generator within one step of one rank."""
     key = np.array([seed], dtype=np.int64)
-    for word in (step, rank, part, Stream.STEP):
+    for word in (step, rank, Stream.STEP):
         key = fold(key, int(word))
     return int(key[0]) & 0x7FFFFFFFFFFFFFFF

@@ -46,6 +46,10 @@ def train(config: TrainConfig) -> bool:
     accelerator = connect(config)
     # One rank of each host reads the whole file to verify it; the others trust that rank.
     dataset = distributed.together(lambda: open_dataset(config.data.path, verify=distributed.local_rank() == 0))
+    require(
+        not config.method.needs_labels or len(dataset.manifest.classes) > 1,
+        f"{config.method.name} is to learn from labels, and {config.data.path} has none: all its samples are of one class",
+    )
     with open_run_folder(config) as (folder, start):
         run = Run(config, accelerator, dataset, folder)
         try:

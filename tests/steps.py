@@ -41,7 +41,9 @@ def as_it_is(batch: Batch, device: torch.device) -> Batch:
 
 
 def large_batch(method: Method, micro: int, precision: str = "no") -> LargeBatch:
-    AcceleratorState._reset_state(reset_partial_state=True)  # another test of this process may have had another precision
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # another test of this process may have had another precision
     return LargeBatch(method, Accelerator(cpu=True, mixed_precision=precision), as_it_is, seed=0, micro=micro)
 
 

@@ -1,0 +1,193 @@
+"""CPC's loss over grids against nested-loop pseudocode of its paper, on one rank and on several; what a context may see.
+
+The rest of CPC's contracts (patches, gradient through both branches, micro-batches) is in test_methods.py and
+test_parity.py, with those of all methods.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dist_contrastive import distributed
+from dist_contrastive.batch import Batch
+from dist_contrastive.config import EncoderConfig, HeadConfig, UserError
+from dist_contrastive.methods.base import Embeddings
+from dist_contrastive.methods.cpc import CPC, CPCConfig
+from tests.harness import run_ranks
+
+GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group")
+SIDE, STEPS, TEMPERATURE = 3, 2, 0.3
+
+
+def cpc(encoder: EncoderConfig = GROUP, *, image_size: int = 16, **options: Any) -> CPC:
+    torch.manual_seed(0)
+    projector = HeadConfig(layers=1, output_size=8)
+    return CPC(CPCConfig(projector=projector, context_size=8, **options), encoder, image_size=image_size, seed=0)
+
+
+def small_grid(encoder: EncoderConfig = GROUP) -> CPC:
+    """A grid of 3 × 3 patches, of which two rows are predicted."""
+    return cpc(encoder, patch_size=8, patch_stride=4, steps=STEPS, temperature=TEMPERATURE)
+
+
+def images(num_views: int, num_samples: int) -> Batch:
+    views = torch.randn(num_views, num_samples, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    indices = torch.arange(num_samples)
+    return Batch(views=views, labels=indices, indices=indices, epoch=0)
+
+
+def embeddings(num_views: int, num_samples: int) -> dict[str, Tensor]:
+    """As `embed` gives them: unit vectors on the grid, and for each k predictions of the rows from k on."""
+    generator = torch.Generator().manual_seed(0)
+
+    def unit(rows: int) -> Tensor:
+        x = torch.randn(num_views, num_samples, rows, SIDE, 8, generator=generator)
+        return torch.nn.functional.normalize(x, dim=-1)
+
+    return {"z": unit(SIDE), **{f"prediction_{k}": unit(SIDE - k) for k in range(1, STEPS + 1)}}
+
+
+def cpc_reference(arrays: dict[str, np.ndarray]) -> list[float]:
+    """Van den Oord et al. 2018, equation 4, for each k, as loops in float64.
+
+    The candidates of a prediction of row i + k are the patches of all rows that some prediction of this k is about.
+    """
+    z = arrays["z"]
+    num_views, num_samples = z.shape[:2]
+    losses = []
+    for k in range(1, STEPS + 1):
+        targets = [
+            (v, n, i, j)
+            for v in range(num_views)
+            for n in range(num_samples)
+            for i in range(k, SIDE)
+            for j in range(SIDE)
+        ]
+        total = 0.0
+        for v, n, i, j in targets:
+            prediction = arrays[f"prediction_{k}"][v, n, i - k, j]
+            denominator = sum(math.exp(float(prediction @ z[t]) / TEMPERATURE) for t in targets)
+            total -= float(prediction @ z[v, n, i, j]) / TEMPERATURE - math.log(denominator)
+        losses.append(total / len(targets))
+    return losses
+
+
+@pytest.mark.parametrize("num_views", [1, 2])
+def test_equals_the_papers_loops(num_views: int) -> None:
+    given = embeddings(num_views, 3)
+    losses = small_grid().loss(given, images(num_views, 3))
+    expected = cpc_reference({name: x.double().numpy() for name, x in given.items()})
+    assert [losses[f"{k}_rows_ahead"].item() for k in (1, 2)] == pytest.approx(expected, rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def loss_of_share(rank: int, arrays: dict[str, np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
+    """This rank's loss over its share of the samples, and the gradients at its share averaged as DDP does."""
+    num_views, num_samples = arrays["z"].shape[:2]
+    share = num_samples // distributed.world_size()
+    part = slice(rank * share, (rank + 1) * share)
+    mine: Embeddings = {n: torch.from_numpy(x[:, part].copy()).requires_grad_() for n, x in arrays.items()}
+    loss = small_grid().loss(mine, images(num_views, num_samples).samples(part))["loss"]
+    loss.backward()
+    gradients = {}
+    for name, x in mine.items():
+        assert x.grad is not None
+        gradients[name] = (x.grad / distributed.world_size()).numpy()
+    return loss.item(), gradients
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_give_the_loss_and_gradient_of_the_whole_batch(num_ranks: int) -> None:
+    arrays = {name: x.numpy() for name, x in embeddings(2, 4).items()}
+    loss, gradients = loss_of_share(0, arrays)
+    shares = run_ranks(loss_of_share, num_ranks, arrays)
+    assert np.mean([share_loss for share_loss, _ in shares]) == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        found = np.concatenate([share[name] for _, share in shares], axis=1)
+        np.testing.assert_allclose(found, gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_targets_and_predictions_both_get_gradient() -> None:
+    """CPC stops no gradient; only the first row is never a target."""
+    _, gradients = loss_of_share(0, {name: x.numpy() for name, x in embeddings(1, 3).items()})
+    assert not gradients["z"][:, :, 0].any()
+    assert (np.abs(gradients["z"][:, :, 1:]).max(-1) > 0).all()
+    for k in range(1, STEPS + 1):
+        assert (np.abs(gradients[f"prediction_{k}"]).max(-1) > 0).all()
+
+
+def test_float32_inside_autocast() -> None:
+    given, batch = embeddings(2, 3), images(2, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = small_grid().loss(given, batch)["loss"]
+        embedded = small_grid().embed(batch)
+    assert loss.dtype == torch.float32
+    assert loss.item() == small_grid().loss(given, batch)["loss"].item()
+    assert all(x.dtype == torch.float32 for x in embedded.values())
+
+
+def test_pixels_below_a_row_of_patches_do_not_change_what_is_predicted_from_it() -> None:
+    method, batch = cpc(), images(1, 2)
+    row = 3
+    last_pixel = row * method.patch_stride + method.patch_size
+    views = batch.views.clone()
+    views[..., last_pixel:, :] += 1
+    before, after = (method.embed(b) for b in (batch, replace(batch, views=views)))
+    for k in range(1, method.config.steps + 1):
+        change = (after[f"prediction_{k}"] - before[f"prediction_{k}"]).abs().amax((0, 1, 3, 4))
+        assert change[: row + 1].max() < 1e-6
+        assert change[row + 1 :].numel() == 0 or change[row + 1 :].min() > 1e-6
+
+
+def test_each_patch_has_its_own_dropout_mask_whatever_the_micro_batch() -> None:
+    method, batch = small_grid(replace(GROUP, dropout=0.5)), images(2, 4)
+    alike = replace(batch, views=torch.ones_like(batch.views))
+    z = method.embed(alike)["z"].detach()
+    assert len(torch.unique(z.flatten(0, -2).round(decimals=4), dim=0)) == z[..., 0].numel()
+    part = slice(1, 3)
+    torch.testing.assert_close(method.embed(alike.samples(part))["z"], z[:, part], rtol=1e-4, atol=1e-5)
+
+
+def test_batchnorm_encoders_on_patches_of_four_pixels_train() -> None:
+    method, batch = cpc(replace(GROUP, norm="batch")), images(1, 2)
+    losses, _ = method(batch)
+    losses["loss"].backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in method.parameters())
+
+
+@pytest.mark.parametrize(("image_size", "patch_size", "patch_stride"), [(16, 4, 2), (32, 8, 4), (256, 64, 32)])
+def test_the_default_grid_is_the_papers(image_size: int, patch_size: int, patch_stride: int) -> None:
+    method = cpc(image_size=image_size)
+    assert (method.patch_size, method.patch_stride, method.side) == (patch_size, patch_stride, 7)
+
+
+def test_the_report_has_the_cosine_of_predictions_and_their_targets() -> None:
+    given, batch = embeddings(2, 3), images(2, 3)
+    z = given["z"].double().numpy()
+    cosines = [np.mean(np.sum(given[f"prediction_{k}"].double().numpy() * z[:, :, k:], axis=-1)) for k in (1, 2)]
+    report = small_grid().report(given, batch)
+    assert report["positive_cosine"].item() == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert report["effective_rank"] > 1
+    assert set(small_grid().report(given, replace(batch, wants_report=False))) == {"positive_cosine"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": 17}, "--method.steps 3: patches of 17 pixels, .* make 0 rows"),
+        ({"patch_size": 8, "patch_stride": 4}, "--method.steps 3: patches of 8 pixels, 4 apart, make 3 rows"),
+        ({"patch_size": -1}, "--method.patch-size -1: give"),
+        ({"patch_stride": -1}, "--method.patch-stride -1: give"),
+        ({"steps": 0}, "--method.steps 0: give"),
+        ({"context_layers": 0}, "--method.context-layers 0: give"),
+        ({"temperature": 0.0}, "--method.temperature 0.0: give"),
+    ],
+)
+def test_what_makes_no_grid_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        cpc(**options)

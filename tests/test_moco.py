@@ -1,0 +1,144 @@
+"""MoCo v2 and v3: exact gradients with the keys held constant, the queue's start and state, the groups of keys.
+
+What they share with all methods (parity, teachers, where gradient stops) and the queue's movement are in `test_methods`.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, UserError
+from dist_contrastive.methods.base import Method
+from dist_contrastive.methods.moco import MoCo, MoCoConfig
+from dist_contrastive.methods.mocov3 import MoCoV3, MoCoV3Config
+from tests.steps import GLOBAL_BATCH, SIDE, build, share_of_batch
+
+GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
+HEAD = HeadConfig(layers=2, hidden_size=32, output_size=16)
+
+
+def small_moco(*, seed: int = 0, queue: int = 24) -> MoCo:
+    torch.manual_seed(seed)
+    return MoCo(MoCoConfig(projector=HEAD, queue=queue), GROUP, image_size=SIDE, seed=0)
+
+
+def gradients(method: Method, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [p for p in method.parameters() if p.requires_grad]))
+
+
+def test_mocos_gradient_is_that_of_cross_entropy_with_constant_keys_and_queue() -> None:
+    """He et al. 2020, equation 1 and algorithm 1."""
+    method = small_moco()
+    batch = share_of_batch(method)
+    loss = method.loss(method.embed(batch), batch)["loss"]
+    query = F.normalize(method.project(batch.view(0))[0], dim=1)
+    with torch.no_grad():
+        key = F.normalize(method.teacher(batch.views[1]), dim=1)
+    logits = torch.cat([(query * key).sum(1, keepdim=True), query @ method.queue.T], dim=1) / 0.2
+    expected = F.cross_entropy(logits, torch.zeros(GLOBAL_BATCH, dtype=torch.int64))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradients(method, loss), gradients(method, expected), rtol=1e-4, atol=1e-6)
+
+
+def test_mocov3s_gradient_is_that_of_cross_entropy_with_constant_keys() -> None:
+    """Chen, Xie and He 2021, algorithm 1; both views' queries are trained."""
+    method = build("mocov3", GROUP)
+    assert isinstance(method, MoCoV3)
+    batch = share_of_batch(method)
+    loss = method.loss(method.embed(batch), batch)["loss"]
+    queries = F.normalize(method.predictor(method.project(batch).flatten(0, 1)), dim=1).chunk(2)
+    with torch.no_grad():
+        keys = [F.normalize(method.teacher(view), dim=1) for view in batch.views]
+    own = torch.arange(GLOBAL_BATCH)
+    expected = 2 * (F.cross_entropy(queries[0] @ keys[1].T, own) + F.cross_entropy(queries[1] @ keys[0].T, own))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradients(method, loss), gradients(method, expected), rtol=1e-4, atol=1e-6)
+
+
+def test_the_queue_is_used_but_not_trained() -> None:
+    method = small_moco()
+    batch = share_of_batch(method)
+    embeddings = method.embed(batch)
+    before = method.loss(embeddings, batch)["loss"].item()
+    assert not method.queue.requires_grad
+    method.queue.copy_(embeddings["q"][0].detach().repeat(3, 1))
+    assert method.loss(embeddings, batch)["loss"].item() > before + 0.1, "negatives equal to the queries cost most"
+
+
+def test_the_queue_starts_as_unit_rows_that_torchs_seed_decides() -> None:
+    one, same, other = small_moco(), small_moco(), small_moco(seed=1)
+    assert one.queue.shape == (24, 16)
+    torch.testing.assert_close(one.queue.norm(dim=1), torch.ones(24))
+    assert one.queue_pointer.dtype == torch.int64
+    assert one.queue_pointer == 0
+    assert torch.equal(one.queue, same.queue)
+    assert not torch.equal(one.queue, other.queue)
+
+
+def test_queue_pointer_and_teacher_come_back_from_the_state() -> None:
+    method, restored = small_moco(), small_moco(seed=1)
+    batch = share_of_batch(method)
+    for _ in range(2):
+        method.after_step(0.5, {name: x.detach() for name, x in method.embed(batch).items()})
+    restored.load_state_dict(method.state_dict())
+    assert restored.queue_pointer == 2 * GLOBAL_BATCH
+    losses = []
+    for one in (method, restored):
+        one.after_step(0.5, {name: x.detach() for name, x in one.embed(batch).items()})
+        losses.append(one.loss(one.embed(batch), batch)["loss"].item())
+    assert losses[0] == losses[1]
+    assert torch.equal(restored.queue, method.queue)
+    assert restored.queue_pointer == 0
+
+
+def groups_of_keys(method: MoCo, samples: slice, epoch: int) -> list[Tensor]:
+    """What the teacher is given, call by call."""
+    seen: list[Tensor] = []
+    hook = method.teacher.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    method.embed(replace(share_of_batch(method).samples(samples), epoch=epoch))
+    hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "sizes"), [(1, [1]), (2, [2]), (3, [3]), (5, [3, 2]), (7, [3, 2, 2]), (8, [2, 2, 2, 2])]
+)
+def test_a_group_of_keys_has_at_least_two_samples_where_there_are_two(num_samples: int, sizes: list[int]) -> None:
+    seen = groups_of_keys(small_moco(), slice(num_samples), 0)
+    assert [len(group) for group in seen] == sizes
+
+
+def test_the_shuffle_replays_and_is_another_in_each_epoch() -> None:
+    method = small_moco()
+    first, again, next_epoch = (torch.cat(groups_of_keys(method, slice(None), epoch)) for epoch in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, next_epoch)
+
+
+def test_mocos_report_compares_queries_with_their_keys() -> None:
+    method = small_moco()
+    batch = share_of_batch(method)
+    embeddings = method.embed(batch)
+    expected = F.cosine_similarity(embeddings["q"][0], embeddings["k"][0]).mean().item()
+    report = method.report(embeddings, batch)
+    assert report["positive_cosine"].item() == pytest.approx(expected, abs=1e-6)
+    assert 1 <= report["effective_rank"] <= GLOBAL_BATCH
+
+
+@pytest.mark.parametrize("field", ["momentum", "temperature"])
+@pytest.mark.parametrize("config", [MoCoConfig, MoCoV3Config])
+def test_a_wrong_number_is_refused_by_its_option(config: type[MethodConfig], field: str) -> None:
+    wrong: dict[str, Any] = {field: -1.0}
+    with pytest.raises(UserError, match=rf"^--method.{field} -1.0: give a "):
+        config(**wrong)
+
+
+@pytest.mark.parametrize("field", ["queue", "key_groups"])
+def test_a_queue_or_groups_of_nothing_are_refused(field: str) -> None:
+    wrong: dict[str, Any] = {field: 0}
+    with pytest.raises(UserError, match=rf"^--method.{field.replace('_', '-')} 0: give at least "):
+        MoCoConfig(**wrong)
