@@ -188,7 +188,7 @@ def test_mocov3s_loss_is_the_papers() -> None:
 
 def small_moco(encoder: EncoderConfig, queue: int = 24) -> MoCo:
     torch.manual_seed(0)
-    config = MoCoConfig(projector=HeadConfig(layers=2, hidden_size=32, output_size=16), queue=queue, key_groups=2)
+    config = MoCoConfig(projector=HeadConfig(layers=2, hidden_size=32, output_size=16), queue=queue, norm_groups=2)
     return MoCo(config, encoder, image_size=16, seed=0)
 
 

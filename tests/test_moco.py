@@ -15,24 +15,34 @@ from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, Use
 from dist_contrastive.methods.base import Method
 from dist_contrastive.methods.moco import MoCo, MoCoConfig
 from dist_contrastive.methods.mocov3 import MoCoV3, MoCoV3Config
+from dist_contrastive.models.teacher import Teacher
 from tests.steps import GLOBAL_BATCH, SIDE, build, share_of_batch
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
+BATCH = EncoderConfig(name="resnet10_w16", stem="small", norm="batch")
 HEAD = HeadConfig(layers=2, hidden_size=32, output_size=16)
 
 
-def small_moco(*, seed: int = 0, queue: int = 24) -> MoCo:
+def small_moco(*, seed: int = 0, queue: int = 24, encoder: EncoderConfig = GROUP) -> MoCo:
     torch.manual_seed(seed)
-    return MoCo(MoCoConfig(projector=HEAD, queue=queue), GROUP, image_size=SIDE, seed=0)
+    return MoCo(MoCoConfig(projector=HEAD, queue=queue), encoder, image_size=SIDE, seed=0)
 
 
 def gradients(method: Method, loss: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [p for p in method.parameters() if p.requires_grad]))
 
 
+def move(teacher: Teacher) -> None:
+    """At the start a teacher is a copy of the student: give it weights of its own, which tell the two apart."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in teacher.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
 def test_mocos_gradient_is_that_of_cross_entropy_with_constant_keys_and_queue() -> None:
     """He et al. 2020, equation 1 and algorithm 1."""
     method = small_moco()
+    move(method.teacher)
     batch = share_of_batch(method)
     loss = method.loss(method.embed(batch), batch)["loss"]
     query = F.normalize(method.project(batch.view(0))[0], dim=1)
@@ -48,6 +58,7 @@ def test_mocov3s_gradient_is_that_of_cross_entropy_with_constant_keys() -> None:
     """Chen, Xie and He 2021, algorithm 1; both views' queries are trained."""
     method = build("mocov3", GROUP)
     assert isinstance(method, MoCoV3)
+    move(method.teacher)
     batch = share_of_batch(method)
     loss = method.loss(method.embed(batch), batch)["loss"]
     queries = F.normalize(method.predictor(method.project(batch).flatten(0, 1)), dim=1).chunk(2)
@@ -104,12 +115,25 @@ def groups_of_keys(method: MoCo, samples: slice, epoch: int) -> list[Tensor]:
     return seen
 
 
-@pytest.mark.parametrize(
-    ("num_samples", "sizes"), [(1, [1]), (2, [2]), (3, [3]), (5, [3, 2]), (7, [3, 2, 2]), (8, [2, 2, 2, 2])]
-)
-def test_a_group_of_keys_has_at_least_two_samples_where_there_are_two(num_samples: int, sizes: list[int]) -> None:
-    seen = groups_of_keys(small_moco(), slice(num_samples), 0)
+@pytest.mark.parametrize(("num_samples", "sizes"), [(2, [2]), (3, [3]), (5, [2, 3]), (7, [2, 2, 3]), (8, [2, 2, 2, 2])])
+def test_a_group_has_at_least_two_samples(num_samples: int, sizes: list[int]) -> None:
+    seen = groups_of_keys(small_moco(encoder=BATCH), slice(num_samples), 0)
     assert [len(group) for group in seen] == sizes
+
+
+def test_queries_are_normalized_in_groups_too_in_their_own_order() -> None:
+    method = small_moco(encoder=BATCH).train()
+    batch = share_of_batch(method)
+    seen: list[Tensor] = []
+    hook = method.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    method.embed(batch)
+    hook.remove()
+    assert [len(group) for group in seen] == [2] * (GLOBAL_BATCH // 2)
+    assert torch.equal(torch.cat(seen), batch.views[0])
+    keys = torch.cat(groups_of_keys(method, slice(None), batch.epoch))
+    order = [next(i for i in range(GLOBAL_BATCH) if torch.equal(batch.views[1, i], image)) for image in keys]
+    pairs = [set(order[start : start + 2]) for start in range(0, GLOBAL_BATCH, 2)]
+    assert sum(pair == {2 * g, 2 * g + 1} for g, pair in enumerate(pairs)) < 4, "the keys' groups are other ones"
 
 
 def test_the_shuffle_replays_and_is_another_in_each_epoch() -> None:
@@ -137,7 +161,7 @@ def test_a_wrong_number_is_refused_by_its_option(config: type[MethodConfig], fie
         config(**wrong)
 
 
-@pytest.mark.parametrize("field", ["queue", "key_groups"])
+@pytest.mark.parametrize("field", ["queue", "norm_groups"])
 def test_a_queue_or_groups_of_nothing_are_refused(field: str) -> None:
     wrong: dict[str, Any] = {field: 0}
     with pytest.raises(UserError, match=rf"^--method.{field.replace('_', '-')} 0: give at least "):

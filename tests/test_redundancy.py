@@ -1,13 +1,19 @@
 """Barlow Twins and VICReg against nested-loop pseudocode of their papers, on one rank and on several."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dist_contrastive import distributed
+from dist_contrastive.config import EncoderConfig, UserError
 from dist_contrastive.losses.redundancy import barlow_twins, vicreg
+from dist_contrastive.methods.barlow import BarlowConfig
+from dist_contrastive.methods.vicreg import VICRegConfig
 from tests.harness import run_ranks
+from tests.steps import build, share_of_batch
 
 
 def barlow_reference(one: np.ndarray, other: np.ndarray, off_diagonal: float) -> float:
@@ -109,3 +115,32 @@ def test_ranks_give_the_loss_and_gradient_of_the_whole_batch(name: str, num_rank
     assert np.mean([share_loss for share_loss, _ in shares]) == pytest.approx(loss, rel=1e-5)
     found = np.concatenate([share for _, share in shares], axis=1)
     np.testing.assert_allclose(found, gradient, rtol=1e-4, atol=1e-5 * np.abs(gradient).max())
+
+
+GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group")
+
+
+def test_the_methods_weigh_their_terms_as_the_papers_do() -> None:
+    z = embeddings(8)
+    one, other = z.double().numpy()
+    invariance, variance, covariance = vicreg_reference(one, other)
+    barlow, three_terms = build("barlow", GROUP), build("vicreg", GROUP)
+    batch = share_of_batch(barlow)
+    assert barlow.loss({"z": z}, batch)["loss"].item() == pytest.approx(barlow_reference(one, other, 0.0051), rel=1e-5)
+    losses = {name: value.item() for name, value in three_terms.loss({"z": z}, batch).items()}
+    expected = {"invariance": 25 * invariance, "variance": 25 * variance, "covariance": covariance}
+    assert losses == pytest.approx({**expected, "loss": sum(expected.values())}, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "config"),
+    [
+        ("off-diagonal", lambda: BarlowConfig(off_diagonal=-1.0)),
+        ("invariance", lambda: VICRegConfig(invariance=-1.0)),
+        ("variance", lambda: VICRegConfig(variance=-1.0)),
+        ("covariance", lambda: VICRegConfig(covariance=-1.0)),
+    ],
+)
+def test_negative_weights_are_refused(option: str, config: Callable[[], object]) -> None:
+    with pytest.raises(UserError, match=f"^--method.{option} -1.0: give 0 or more"):
+        config()

@@ -20,7 +20,8 @@ class MarginConfig(MethodConfig):
     """The distance beyond which a negative costs nothing; embeddings of unit length are 0 to 2 apart, √2 on average where
     they are spread out."""
     hinge: Literal["squared", "linear"] = "squared"
-    """squared: Hadsell, Chopra and LeCun 2006, equation 4; linear: its root, which pushes near the margin as hard as far."""
+    """squared: Hadsell, Chopra and LeCun 2006, equation 4; linear: half the hinge itself, which
+    pushes near the margin as hard as far from it."""
     negatives: Literal["all", "hardest"] = "all"
     """The mean over all negatives of an anchor, or its nearest one alone."""
 

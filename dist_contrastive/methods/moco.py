@@ -1,6 +1,7 @@
 """MoCo v2 (He et al. 2020, "Momentum contrast for unsupervised visual representation learning"; Chen et al. 2020, "Improved
 baselines with momentum contrastive learning")."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -23,7 +24,8 @@ QUERY, KEY = 0, 1  # the views
 
 @dataclass(frozen=True)
 class MoCoConfig(MethodConfig):
-    """Defaults of MoCo v2 and the authors' code (moco-k, moco-m, moco-t of version 2)."""
+    """Defaults of MoCo v2 and the authors' code (moco-k, moco-m, moco-t of version 2); the head has a normalization between
+    its two layers, which theirs has not."""
 
     name: Annotated[str, tyro.conf.Fixed] = "moco"
     queue: int = 65536
@@ -32,15 +34,16 @@ class MoCoConfig(MethodConfig):
     """The teacher's, constant."""
     temperature: float = 0.2
     """Divides the cosine similarities."""
-    key_groups: int = 8
-    """In how many groups BatchNorm sees the keys of a forward pass; it stands for the GPUs of the paper."""
+    norm_groups: int = 8
+    """In how many groups BatchNorm sees the samples of a forward pass; they stand for the GPUs of the paper. Encoders without
+    batch statistics take no notice."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.queue >= 1, f"--method.queue {self.queue}: give at least the global batch")
         require(0 <= self.momentum <= 1, f"--method.momentum {self.momentum}: give a number in [0, 1]")
         require(self.temperature > 0, f"--method.temperature {self.temperature}: give a positive number")
-        require(self.key_groups >= 1, f"--method.key-groups {self.key_groups}: give at least 1")
+        require(self.norm_groups >= 1, f"--method.norm-groups {self.norm_groups}: give at least 1")
 
     def check_global_batch(self, size: int) -> None:
         require(
@@ -65,28 +68,35 @@ class MoCo(Method):
     def __init__(self, config: MoCoConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
         super().__init__(config, encoder, image_size=image_size, seed=seed)
         self.config = config
+        self.norm_groups = 1 if encoder.norm == "group" else config.norm_groups
         self.teacher = Teacher(nn.Sequential(self.encoder, self.projector))
         rows = F.normalize(torch.randn(config.queue, config.projector.output_size), dim=1)
         self.register_buffer("queue", rows)
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
 
     def embed(self, batch: Batch) -> Embeddings:
-        query = F.normalize(self.project(batch.view(QUERY)), dim=-1)
-        return {"z": query.detach(), "q": query, "k": self._keys(batch)[None]}
+        """Queries and keys, each normalized by BatchNorm in groups of its own samples.
 
-    def _keys(self, batch: Batch) -> Tensor:
-        """The teacher's embeddings [B, E] of the second view, of unit length, in the samples' order.
-
-        BatchNorm would betray which key belongs to a query: both are normalized by statistics of the same samples, unlike
-        the keys in the queue. So the keys are normalized in groups of their own, of shuffled samples (shuffling BN, He et
-        al. 2020, section 3.3, where the groups are the GPUs); in groups of two at least.
+        Statistics over the whole batch would betray which key belongs to a query: both would be normalized by the same
+        samples, unlike the keys in the queue. So both are embedded in groups, as on several GPUs, and the groups of the
+        keys are of shuffled samples (shuffling BN, He et al. 2020, section 3.3): a query and its key have few samples in
+        common.
         """
-        keys = sample_keys(self.seed, batch.epoch, batch.indices, KEY)
-        order = fold(keys, int(Stream.SHUFFLE)).argsort()
-        num_groups = max(1, min(self.config.key_groups, len(order) // 2))
-        groups = batch.views[KEY][order].tensor_split(num_groups)
-        shuffled = torch.cat([self.teacher(group).float() for group in groups])
-        return F.normalize(torch.empty_like(shuffled).index_copy_(0, order, shuffled), dim=-1)
+        queries = batch.view(QUERY)
+        query = torch.cat([self.project(queries.samples(group)) for group in self._groups(batch)], dim=1)
+        query = F.normalize(query, dim=-1)
+        order = fold(sample_keys(self.seed, batch.epoch, batch.indices, KEY), int(Stream.SHUFFLE)).argsort()
+        images = batch.views[KEY][order]
+        shuffled = torch.cat([self.teacher(images[group]).float() for group in self._groups(batch)])
+        key = F.normalize(torch.empty_like(shuffled).index_copy_(0, order, shuffled), dim=-1)
+        return {"z": query.detach(), "q": query, "k": key[None]}
+
+    def _groups(self, batch: Batch) -> list[slice]:
+        """Slices over the samples: `norm_groups` of them, or fewer, so that each has at least two."""
+        num_samples = len(batch.labels)
+        count = max(1, min(self.norm_groups, num_samples // 2))
+        bounds = [num_samples * number // count for number in range(count + 1)]
+        return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
     def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
         loss = queue_nce(embeddings["q"][0], embeddings["k"][0], self.queue, temperature=self.config.temperature)

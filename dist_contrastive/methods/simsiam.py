@@ -14,7 +14,7 @@ from dist_contrastive.models.heads import build_head
 
 @dataclass(frozen=True)
 class SimSiamConfig(MethodConfig):
-    """Sizes of the heads as in section 4.2 of the paper and the authors' code."""
+    """Sizes of the heads as in section 3 of the paper (baseline settings) and the authors' code."""
 
     name: Annotated[str, tyro.conf.Fixed] = "simsiam"
     projector: HeadConfig = field(

@@ -7,40 +7,38 @@ from the named source, not results of this code.
 from collections.abc import Callable
 
 from dist_contrastive.config import TrainConfig
-from dist_contrastive.recipes.cifar10 import cifar10_cpu, cifar10_simclr, cifar10_simclr_4096
-from dist_contrastive.recipes.imagenet import imagenet_simclr_4096
-from dist_contrastive.recipes.photos import (
-    photos,
-    photos_barlow,
-    photos_byol,
-    photos_cpc,
-    photos_dcl,
-    photos_margin,
-    photos_moco,
-    photos_mocov3,
-    photos_simsiam,
-    photos_supcon,
-    photos_vicreg,
-)
+from dist_contrastive.recipes import cifar10, imagenet, photos
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     recipe.__name__: recipe
     for recipe in (
-        photos,
-        photos_margin,
-        photos_supcon,
-        photos_dcl,
-        photos_moco,
-        photos_mocov3,
-        photos_byol,
-        photos_simsiam,
-        photos_barlow,
-        photos_vicreg,
-        photos_cpc,
-        cifar10_cpu,
-        cifar10_simclr,
-        cifar10_simclr_4096,
-        imagenet_simclr_4096,
+        photos.photos,
+        photos.photos_margin,
+        photos.photos_supcon,
+        photos.photos_dcl,
+        photos.photos_moco,
+        photos.photos_mocov3,
+        photos.photos_byol,
+        photos.photos_simsiam,
+        photos.photos_barlow,
+        photos.photos_vicreg,
+        photos.photos_cpc,
+        cifar10.cifar10_cpu,
+        cifar10.cifar10_simclr,
+        cifar10.cifar10_simclr_4096,
+        cifar10.cifar10_simclr_4096_t4,
+        cifar10.cifar10_margin,
+        cifar10.cifar10_supcon,
+        cifar10.cifar10_dcl,
+        cifar10.cifar10_moco,
+        cifar10.cifar10_moco_t4,
+        cifar10.cifar10_mocov3,
+        cifar10.cifar10_byol,
+        cifar10.cifar10_simsiam,
+        cifar10.cifar10_barlow,
+        cifar10.cifar10_vicreg,
+        cifar10.cifar10_cpc,
+        imagenet.imagenet_simclr_4096,
     )
 }
 DEFAULT_RECIPE = "photos"

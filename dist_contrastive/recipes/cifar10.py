@@ -1,4 +1,4 @@
-"""Recipes on CIFAR-10."""
+"""Recipes on CIFAR-10, one a method, and those for particular machines."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +10,20 @@ from dist_contrastive.config import (
     DataConfig,
     EncoderConfig,
     HeadConfig,
+    MethodConfig,
     OptimConfig,
     ProbeConfig,
     TrainConfig,
 )  # fmt: skip
+from dist_contrastive.methods.barlow import BarlowConfig
+from dist_contrastive.methods.byol import BYOLConfig
+from dist_contrastive.methods.cpc import CPCConfig
+from dist_contrastive.methods.margin import MarginConfig
+from dist_contrastive.methods.moco import MoCoConfig
+from dist_contrastive.methods.mocov3 import MoCoV3Config
 from dist_contrastive.methods.simclr import SimCLRConfig
+from dist_contrastive.methods.simsiam import SimSiamConfig
+from dist_contrastive.methods.vicreg import VICRegConfig
 
 DATA = DataConfig(path=Path("data/cifar10.beton"), image_size=32)
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -67,12 +76,185 @@ def cifar10_simclr_4096() -> TrainConfig:
         run_dir=Path("runs/cifar10_simclr_4096"),
         epochs=100,
         method=SimCLRConfig(temperature=0.5, projector=HeadConfig(layers=2, output_size=128)),
-        augment=replace(
-            base.augment, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur=(0.0,), solarize=(0.0,)
-        ),
+        augment=replace(base.augment, blur=(0.0,), solarize=(0.0,)),
         encoder=replace(base.encoder, dropout=0.0),
         batch=BatchConfig(size=4096),
         optim=OptimConfig(name="lars", learning_rate=1.0, weight_decay=1e-6, warmup_epochs=10),
+    )
+
+
+def cifar10_simclr_4096_t4() -> TrainConfig:
+    """SimCLR's global batch of 4096 on a single GPU of 16 GB: gradient caching in micro-batches that the memory plan finds.
+
+    Command:  accelerate launch --config_file launch_configs/t4.yaml -m dist_contrastive.train cifar10_simclr_4096_t4
+    Cost:     T4_SIMCLR_COST
+    Score:    not measured. As cifar10_simclr_4096, but for a ResNet-18: SimCLR's figure B.7 is of a ResNet-50.
+    Source:   cifar10_simclr_4096; gradient caching from Gao et al. 2021. BatchNorm sees one micro-batch at a time.
+    """
+    base = cifar10_simclr_4096()
+    return replace(
+        base,
+        recipe="cifar10_simclr_4096_t4",
+        run_dir=Path("runs/cifar10_simclr_4096_t4"),
+        encoder=replace(base.encoder, name="resnet18", norm="batch"),
+        batch=BatchConfig(size=4096, micro="auto"),
+        checkpoint=CheckpointConfig(every=5),
+    )
+
+
+def _resnet18(recipe: str, method: MethodConfig) -> TrainConfig:
+    """What the recipes below share: the setting in which lightly's benchmark compares methods, so that scores compare."""
+    base = cifar10_simclr()
+    return replace(
+        base,
+        recipe=recipe,
+        run_dir=Path("runs") / recipe,
+        epochs=200,
+        method=method,
+        augment=replace(base.augment, blur=(0.0,), solarize=(0.0,)),
+        encoder=EncoderConfig(name="resnet18", stem="small", norm="batch"),
+        batch=BatchConfig(size=512),
+        optim=OptimConfig(name="sgd", learning_rate=0.12, weight_decay=5e-4, warmup_epochs=10),
+        probe=ProbeConfig(every=50),
+        checkpoint=CheckpointConfig(every=10),
+    )
+
+
+def cifar10_margin() -> TrainConfig:
+    """The margin loss, its hardest negatives, with a ResNet-18.
+
+    Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_margin
+    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
+    Score:    not measured, and no source reports this method in this setting.
+    Source:   Chopra, Hadsell and LeCun 2005; setting of lightly's CIFAR-10 benchmark (SGD 0.06 per 128, batch 512).
+    """
+    return _resnet18("cifar10_margin", MarginConfig(margin=1.4))
+
+
+def cifar10_supcon() -> TrainConfig:
+    """SupCon: SimCLR with positives by label, the upper end of what these encoders can learn in this setting.
+
+    Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_supcon
+    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
+    Score:    not measured. The paper reports 0.960 (ResNet-50, 1000 epochs, table 2), with labels.
+    Source:   Khosla et al. 2020 (temperature 0.1); setting of lightly's CIFAR-10 benchmark.
+    """
+    return _resnet18("cifar10_supcon", SimCLRConfig(temperature=0.1, positives="labels"))
+
+
+def cifar10_dcl() -> TrainConfig:
+    """DCL: SimCLR without positives in the denominator.
+
+    Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_dcl
+    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
+    Score:    not measured, and no source of this project reports this method in this setting.
+    Source:   Yeh et al. 2022 (temperature 0.1); setting of lightly's CIFAR-10 benchmark.
+    """
+    return _resnet18("cifar10_dcl", SimCLRConfig(temperature=0.1, decoupled=True))
+
+
+def cifar10_moco() -> TrainConfig:
+    """MoCo v2 with a queue of 4,096 keys.
+
+    Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_moco
+    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
+    Score:    not measured. lightly's benchmark reports kNN 0.847 at 200 epochs.
+    Source:   the MoCo authors' CIFAR-10 demonstration (queue 4,096, momentum 0.99, temperature 0.1); setting of lightly's
+              CIFAR-10 benchmark.
+    """
+    return _resnet18("cifar10_moco", MoCoConfig(queue=4096, momentum=0.99, temperature=0.1))
+
+
+def cifar10_moco_t4() -> TrainConfig:
+    """MoCo v2 for a small GPU: a queue of 65,536 negatives, whatever batch the memory holds.
+
+    Command:  accelerate launch --config_file launch_configs/t4.yaml -m dist_contrastive.train cifar10_moco_t4
+    Cost:     T4_MOCO_COST
+    Score:    not measured. lightly's benchmark reports kNN 0.847 at 200 epochs with its 4,096 keys.
+    Source:   MoCo v2 (queue 65,536, momentum 0.999, temperature 0.2); setting of lightly's CIFAR-10 benchmark, batch 256.
+    """
+    config = _resnet18("cifar10_moco_t4", MoCoConfig())
+    return replace(config, batch=BatchConfig(size=256, micro="auto"))
+
+
+def cifar10_mocov3() -> TrainConfig:
+    """MoCo v3: no queue, a predictor, both directions.
+
+    Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_mocov3
+    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
+    Score:    not measured. solo-learn reports linear 0.931 (ResNet-18, batch 256, 1000 epochs).
+    Source:   Chen, Xie and He 2021; temperature 0.2 as solo-learn; setting of lightly's CIFAR-10 benchmark.
+    """
+    return _resnet18("cifar10_mocov3", MoCoV3Config(temperature=0.2))
+
+
+def cifar10_byol() -> TrainConfig:
+    """BYOL.
+
+    Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_byol
+    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
+    Score:    not measured. lightly's benchmark reports kNN 0.868 at 200 epochs.
+    Source:   Grill et al. 2020; heads of 1,024 and 256 and setting of lightly's CIFAR-10 benchmark.
+    """
+    method = BYOLConfig(projector=HeadConfig(hidden_size=1024, output_size=256), predictor=HeadConfig(hidden_size=1024))
+    return _resnet18("cifar10_byol", method)
+
+
+def cifar10_simsiam() -> TrainConfig:
+    """SimSiam.
+
+    Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_simsiam
+    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
+    Score:    not measured. The paper reports linear 0.918 at 800 epochs (appendix D).
+    Source:   Chen and He 2021, appendix D (2-layer projector of 2,048); setting of lightly's CIFAR-10 benchmark.
+    """
+    projector = HeadConfig(layers=2, hidden_size=2048, output_size=2048, output_norm=True)
+    return _resnet18("cifar10_simsiam", SimSiamConfig(projector=projector))
+
+
+def cifar10_barlow() -> TrainConfig:
+    """Barlow Twins.
+
+    Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_barlow
+    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
+    Score:    not measured. solo-learn reports linear 0.921 (ResNet-18, batch 256, 1000 epochs).
+    Source:   Zbontar et al. 2021; projector of 2,048 as lightly's and solo-learn's on CIFAR-10.
+    """
+    config = _resnet18(
+        "cifar10_barlow", BarlowConfig(projector=HeadConfig(layers=3, hidden_size=2048, output_size=2048))
+    )
+    return replace(config, optim=replace(config.optim, learning_rate=0.03))
+
+
+def cifar10_vicreg() -> TrainConfig:
+    """VICReg.
+
+    Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_vicreg
+    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
+    Score:    not measured. solo-learn reports linear 0.921 (ResNet-18, batch 256, 1000 epochs).
+    Source:   Bardes et al. 2022; projector of 2,048 as solo-learn's on CIFAR-10.
+    """
+    config = _resnet18(
+        "cifar10_vicreg", VICRegConfig(projector=HeadConfig(layers=3, hidden_size=2048, output_size=2048))
+    )
+    return replace(config, optim=replace(config.optim, learning_rate=0.03))
+
+
+def cifar10_cpc() -> TrainConfig:
+    """CPC over a 7 × 7 grid of patches of 8 pixels, one view an image.
+
+    Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_cpc
+    Cost:     200 epochs of ResNet-18 over 49 patches an image, three times the pixels of one view; not measured.
+    Score:    not measured, and no source reports this method in this setting.
+    Source:   van den Oord et al. 2018, section 3.2 (grid, rows ahead); GroupNorm, as Henaff et al. 2020 found that
+              BatchNorm harms CPC (section 3.2).
+    """
+    config = _resnet18("cifar10_cpc", CPCConfig())
+    return replace(
+        config,
+        augment=replace(config.augment, num_views=1),
+        encoder=replace(config.encoder, norm="group"),
+        optim=OptimConfig(name="adamw", learning_rate=5e-4, weight_decay=1e-4, warmup_epochs=10),
     )
 
 
