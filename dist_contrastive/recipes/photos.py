@@ -70,7 +70,23 @@ def photos() -> TrainConfig:
 
 
 def _with(recipe: str, method: MethodConfig) -> TrainConfig:
-    return replace(photos(), recipe=recipe, run_dir=Path("runs") / recipe, method=method, probe=ProbeConfig())
+    base = photos()
+    return replace(
+        base,
+        recipe=recipe,
+        run_dir=Path("runs") / recipe,
+        epochs=14,
+        log_every=10,
+        method=method,
+        encoder=EncoderConfig(name="resnet10_w16", stem="standard"),
+        optim=replace(base.optim, warmup_epochs=1.0),
+        probe=ProbeConfig(),
+        checkpoint=CheckpointConfig(every=7),
+    )
+
+
+def photos_simclr() -> TrainConfig:
+    return _with("photos_simclr", SimCLRConfig(temperature=0.2, projector=PROJECTOR))
 
 
 def photos_margin() -> TrainConfig:
