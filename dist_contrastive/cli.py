@@ -26,11 +26,16 @@ T = TypeVar("T")
 # What a shell reports for a program that Ctrl-C ended (128 + SIGINT).
 EXIT_INTERRUPTED = 130
 EXIT_USER_ERROR = 2
+MAX_LISTED = 5
+"""Options of a section that are listed where none is close to what was given."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean X?)` for the entry of `known` closest to `name`, or an empty string where none is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """` (did you mean X?)` for the entry of `known` closest to `name`, or an empty string where none is close.
+
+    `cutoff` is how close, in [0, 1], as `difflib` counts.
+    """
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {matches[0]}?)" if matches else ""
 
 
@@ -72,9 +77,12 @@ def parse(cls_or_default: Any, argv: Sequence[str] | None = None, prog: str | No
             raise UserError(f"unexpected argument {name!r}; {_help_hint(prog)}")
         flag = name.partition("=")[0]
         known = _known_flags(run)
-        # The section is mostly right: --batch.size means --batch.global, not --data.image-size.
+        # The section is mostly right: --batch.size means one of --batch's, not --data.image-size.
         section = [option for option in known if option.startswith(flag.rpartition(".")[0] + ".")]
-        raise UserError(f"unknown option {flag}{nearest(flag, section) or nearest(flag, known)}; {_help_hint(prog)}")
+        hint = nearest(flag, section, cutoff=0.8)
+        if not hint:
+            hint = f" (there are {', '.join(section)})" if 0 < len(section) <= MAX_LISTED else nearest(flag, known)
+        raise UserError(f"unknown option {flag}{hint}; {_help_hint(prog)}")
     return config
 
 

@@ -50,13 +50,17 @@ def test_values_replace_single_fields() -> None:
         ("--epoch", "--epochs"),
         ("--optim.learnin-rate", "--optim.learning-rate"),
         ("--batch.globl=3", "--batch.global"),
-        ("--batch.size", "--batch.global"),
         ("--batchglobal", "--batch.global"),
         ("--probe.enable", "--probe.enabled"),
     ],
 )
 def test_an_unknown_option_gets_the_nearest_name(mistyped: str, meant: str) -> None:
     assert f"unknown option {mistyped.partition('=')[0]} (did you mean {meant}?)" in error_of(mistyped, "3")
+
+
+def test_a_wrong_option_of_a_small_section_gets_the_section() -> None:
+    message = error_of("--batch.size", "3")
+    assert "unknown option --batch.size (there are --batch.global, --batch.memory-gib, --batch.micro)" in message
 
 
 def test_an_option_like_no_other_gets_no_wrong_hint() -> None:

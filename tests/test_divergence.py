@@ -15,7 +15,7 @@ from dist_contrastive.batch import Batch
 from dist_contrastive.config import TrainConfig
 from dist_contrastive.data.beton import manifest_path, open_dataset
 from dist_contrastive.methods import METHODS
-from dist_contrastive.methods.base import Losses, Report
+from dist_contrastive.methods.base import Embeddings, Losses
 from dist_contrastive.methods.simclr import SimCLR
 from dist_contrastive.train import train
 from dist_contrastive.trainer import NonFiniteError
@@ -45,15 +45,15 @@ def train_with_poison(rank: int, config: TrainConfig, poison: Callable[[SimCLR, 
     class Poisoned(SimCLR):
         calls = 0
 
-        def forward(self, batch: Batch) -> tuple[Losses, Report]:
-            losses, report = super().forward(batch)
+        def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+            losses = super().loss(embeddings, batch)
             self.calls += 1
             if self.calls == BAD_STEP:
                 methods.append(self)
                 before.update({name: p.detach().clone() for name, p in self.named_parameters()})
                 if distributed.rank() == 1:
                     poison(self, losses)
-            return losses, report
+            return losses
 
     METHODS["simclr"] = Poisoned
     try:

@@ -18,19 +18,22 @@ OPTIONS = set(
     """
 --help --recipe --run-dir --seed --epochs --resume --overwrite --no-overwrite --stop-after-steps --log-every
 --method.name --method.projector.layers --method.projector.hidden-size --method.projector.output-size
+--method.projector.output-norm --method.projector.no-output-norm
 --data.path --data.image-size --data.eval-crop --data.threads --data.batches-ahead --data.timeout-s
 --augment.num-views --augment.crop-scale --augment.crop-ratio --augment.flip --augment.jitter --augment.brightness
 --augment.contrast --augment.saturation --augment.hue --augment.grayscale --augment.blur --augment.blur-sigma
 --augment.solarize --augment.solarize-threshold --augment.mean --augment.std
 --encoder.name --encoder.stem --encoder.norm --encoder.dropout
---batch.global
+--batch.global --batch.micro --batch.memory-gib
 --optim.name --optim.learning-rate --optim.weight-decay --optim.momentum --optim.warmup-epochs --optim.clip-norm
 --probe.enabled --probe.no-enabled --probe.every --probe.knn-k --probe.knn-temperature --probe.strengths --probe.holdout
 --checkpoint.every --checkpoint.keep
 --launch.ranks --launch.device --launch.precision --launch.timeout-minutes
 """.split()  # noqa: SIM905 - a list of strings would be a page long
 )
-METHOD_OPTIONS = {"simclr": {"--method.temperature"}}
+METHOD_OPTIONS = {
+    "simclr": {"--method.temperature", "--method.positives", "--method.decoupled", "--method.no-decoupled"},
+}
 
 each_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 
