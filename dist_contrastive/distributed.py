@@ -126,13 +126,14 @@ def attempt(call: Callable[[], T], is_expected: Callable[[Exception], bool], dev
 
 
 def _require_all_ranks(failed: bool, device: torch.device) -> None:
-    flags = torch.zeros(world_size(), device=device)
-    flags[rank()] = float(failed)
+    ranks = [rank()] if failed else []
     if world_size() > 1:
+        flags = torch.zeros(world_size(), device=device)
+        flags[rank()] = float(failed)
         dist.all_reduce(flags)
-        failed = bool(flags.any())
-    if failed:
-        raise RanksFailed(flags.nonzero().flatten().tolist())
+        ranks = flags.nonzero().flatten().tolist()
+    if ranks:
+        raise RanksFailed(ranks)
 
 
 def _before_collective(x: Tensor) -> None:

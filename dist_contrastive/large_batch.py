@@ -126,11 +126,11 @@ class LargeBatch:
     def _gradient(self, batch: Batch, step: int) -> Outcome:
         """This rank's gradient; `RanksFailed` on all ranks where any is out of memory."""
         parts = split(len(batch.labels), self.micro)
-        # The views go to the device one micro-batch at a time.
+        # What the loss reads goes to the device at once; views go one micro-batch at a time, with their augmentation.
         whole = replace(batch, labels=batch.labels.to(self._device), indices=batch.indices.to(self._device))
         gradient = self._cached if self.method.couples_samples else self._accumulated
         with self._accelerator.no_sync(self._ddp):
-            losses, embeddings = gradient(whole, parts, step)
+            losses, embeddings = gradient(batch, whole, parts, step)
         report = self._attempt(lambda: self.method.report(embeddings, whole))
         return Outcome({name: loss.detach() for name, loss in losses.items()}, report, embeddings)
 
@@ -143,7 +143,7 @@ class LargeBatch:
         embeddings: Embeddings = self._ddp(self._augmentation(batch.samples(parts[number]), self._device))
         return embeddings
 
-    def _cached(self, batch: Batch, parts: Sequence[slice], step: int) -> tuple[Losses, Embeddings]:
+    def _cached(self, batch: Batch, whole: Batch, parts: Sequence[slice], step: int) -> tuple[Losses, Embeddings]:
         """Gradient caching. With a single micro-batch the first pass keeps its graph, and there is no second."""
         single = len(parts) == 1
 
@@ -157,7 +157,7 @@ class LargeBatch:
         first = self._attempt(first_pass)
         embeddings = concatenate(first)
         leaves = {name: value.requires_grad_() for name, value in embeddings.items()}
-        losses = self._attempt(lambda: self._loss_gradient(leaves, batch))
+        losses = self._attempt(lambda: self._loss_gradient(leaves, whole))
         embeddings = {name: value.detach() for name, value in leaves.items()}
         gradients = {name: value.grad for name, value in leaves.items()}
 
@@ -178,7 +178,7 @@ class LargeBatch:
         self._accelerator.backward(losses["loss"])
         return losses
 
-    def _accumulated(self, batch: Batch, parts: Sequence[slice], step: int) -> tuple[Losses, Embeddings]:
+    def _accumulated(self, batch: Batch, whole: Batch, parts: Sequence[slice], step: int) -> tuple[Losses, Embeddings]:
         """Plain accumulation, for a loss that is a mean over samples."""
 
         def passes() -> tuple[list[Losses], list[Embeddings]]:
@@ -188,7 +188,7 @@ class LargeBatch:
                     embeddings = self._embed(batch, parts, number, step)
                 share = (part.stop - part.start) / len(batch.labels)
                 losses = {
-                    name: share * loss for name, loss in self.method.loss(embeddings, batch.samples(part)).items()
+                    name: share * loss for name, loss in self.method.loss(embeddings, whole.samples(part)).items()
                 }
                 self._accelerator.backward(losses["loss"])
                 all_losses.append({name: loss.detach() for name, loss in losses.items()})

@@ -92,7 +92,7 @@ def test_the_gradient_is_that_of_the_loss_with_the_papers_branches_standing_stil
     assert directional_derivative(method, direction, fixed) == pytest.approx(float(norm), rel=2e-2)
     if name == "simsiam":  # the target has the student's weights: if it moved, too, it would be another gradient
         moving = directional_derivative(method, direction, {})
-        assert abs(moving - float(norm)) > 0.1 * float(norm)
+        assert abs(moving - float(norm)) > 0.04 * float(norm)
 
 
 @pytest.mark.parametrize("name", sorted(STOPPED))
@@ -355,8 +355,12 @@ def test_a_teacher_of_another_architecture_is_refused(dataset: Path, tmp_path: P
     wider = replace(config, encoder=replace(config.encoder, name="resnet10_w32"))
     with pytest.raises(RankError, match=r"UserError.*encoder\.name: resnet10_w16 -> resnet10_w32"):
         run_ranks(train_on_rank, 1, wider)
-    with pytest.raises(UserError, match=r"the checkpoint is of another model: .*teacher\.module\.0\.body\.conv1"):
-        load_module(build_method(wider), newest_checkpoint(config.run_dir).tensors["model"])
+    # A checkpoint whose teacher alone is of another architecture, as an edited or a mixed one would be.
+    own = build_method(config)
+    foreign = {n: t for n, t in build_method(wider).state_dict().items() if n.startswith("teacher.")}
+    tensors = {**newest_checkpoint(config.run_dir).tensors["model"], **foreign}
+    with pytest.raises(UserError, match=r"the checkpoint is of another model: .*size mismatch for teacher\.module\.0\.body"):
+        load_module(own, tensors)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

@@ -1,7 +1,7 @@
-"""Recipes on the embedded photographs, one a method: no network, minutes on two CPU cores.
+"""Recipes on the embedded photographs, the demonstration and one a method: no network, minutes on two CPU cores.
 
-All share encoder, batch, epochs and augmentation, those of the demonstration (`photos`), so that the methods compare. Their
-own settings are for this scale: 87 steps, where the papers have hundreds of thousands.
+Those of the methods share encoder, batch, epochs, optimizer and augmentation, so that the methods compare. What is a method's
+own is set for this scale: 406 steps, where the papers have hundreds of thousands.
 """
 
 from dataclasses import replace
@@ -69,7 +69,9 @@ def photos() -> TrainConfig:
     )
 
 
-def _with(recipe: str, method: MethodConfig) -> TrainConfig:
+def _method(recipe: str, method: MethodConfig) -> TrainConfig:
+    """What the recipes of the methods share: a stem of stride 4, so that the demonstration's time holds five times the steps,
+    which teachers and queues need."""
     base = photos()
     return replace(
         base,
@@ -86,51 +88,129 @@ def _with(recipe: str, method: MethodConfig) -> TrainConfig:
 
 
 def photos_simclr() -> TrainConfig:
-    return _with("photos_simclr", SimCLRConfig(temperature=0.2, projector=PROJECTOR))
+    """SimCLR in the setting of the other methods.
 
-
-def photos_margin() -> TrainConfig:
-    return _with("photos_margin", MarginConfig(projector=PROJECTOR))
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_simclr
+    Cost:     @COST_simclr@
+    Score:    @SCORE_simclr@
+    Source:   Chen et al. 2020; temperature as in `photos`.
+    """
+    return _method("photos_simclr", SimCLRConfig(temperature=0.2, projector=PROJECTOR))
 
 
 def photos_supcon() -> TrainConfig:
-    return _with("photos_supcon", SimCLRConfig(temperature=0.2, projector=PROJECTOR, positives="labels"))
+    """SupCon: SimCLR with positives by label, the upper end of what this setting lets an encoder learn.
+
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_supcon
+    Cost:     @COST_supcon@
+    Score:    @SCORE_supcon@
+    Source:   Khosla et al. 2020; temperature as in `photos`.
+    """
+    return _method("photos_supcon", SimCLRConfig(temperature=0.2, projector=PROJECTOR, positives="labels"))
 
 
 def photos_dcl() -> TrainConfig:
-    return _with("photos_dcl", SimCLRConfig(temperature=0.2, projector=PROJECTOR, decoupled=True))
+    """DCL: SimCLR without positives in the denominator.
+
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_dcl
+    Cost:     @COST_dcl@
+    Score:    @SCORE_dcl@
+    Source:   Yeh et al. 2022; temperature as in `photos`.
+    """
+    return _method("photos_dcl", SimCLRConfig(temperature=0.2, projector=PROJECTOR, decoupled=True))
+
+
+def photos_margin() -> TrainConfig:
+    """The contrastive margin loss, squared hinge, all negatives.
+
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_margin
+    Cost:     @COST_margin@
+    Score:    @SCORE_margin@
+    Source:   Chopra, Hadsell and LeCun 2005; Hadsell, Chopra and LeCun 2006, equation 4.
+    """
+    return _method("photos_margin", MarginConfig(projector=PROJECTOR))
 
 
 def photos_moco() -> TrainConfig:
-    return _with("photos_moco", MoCoConfig(projector=PROJECTOR, queue=2048, momentum=0.95))
+    """MoCo v2 with a queue of eight batches.
+
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_moco
+    Cost:     @COST_moco@
+    Score:    @SCORE_moco@
+    Source:   MoCo v2; queue and momentum for some hundred steps, in which 0.999 would leave the teacher where it began.
+    """
+    return _method("photos_moco", MoCoConfig(projector=PROJECTOR, queue=2048, momentum=0.95))
 
 
 def photos_mocov3() -> TrainConfig:
+    """MoCo v3.
+
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_mocov3
+    Cost:     @COST_mocov3@
+    Score:    @SCORE_mocov3@
+    Source:   Chen, Xie and He 2021; heads of 256 and 128, temperature 0.2, momentum for some hundred steps.
+    """
     projector = replace(PROJECTOR, output_norm=True)
     method = MoCoV3Config(projector=projector, predictor=PROJECTOR, momentum=0.95, temperature=0.2)
-    return _with("photos_mocov3", method)
+    return _method("photos_mocov3", method)
 
 
 def photos_byol() -> TrainConfig:
-    return _with("photos_byol", BYOLConfig(projector=PROJECTOR, predictor=PROJECTOR, momentum=0.95))
+    """BYOL.
+
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_byol
+    Cost:     @COST_byol@
+    Score:    @SCORE_byol@
+    Source:   Grill et al. 2020; heads of 256 and 128, momentum for some hundred steps.
+    """
+    return _method("photos_byol", BYOLConfig(projector=PROJECTOR, predictor=PROJECTOR, momentum=0.95))
 
 
 def photos_simsiam() -> TrainConfig:
+    """SimSiam.
+
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_simsiam
+    Cost:     @COST_simsiam@
+    Score:    @SCORE_simsiam@
+    Source:   Chen and He 2021; heads an eighth of the paper's.
+    """
     projector = HeadConfig(layers=3, hidden_size=256, output_size=256, output_norm=True)
-    return _with("photos_simsiam", SimSiamConfig(projector=projector, predictor=HeadConfig(layers=2, hidden_size=64)))
+    method = SimSiamConfig(projector=projector, predictor=HeadConfig(layers=2, hidden_size=64))
+    return _method("photos_simsiam", method)
 
 
 def photos_barlow() -> TrainConfig:
-    return _with("photos_barlow", BarlowConfig(projector=HeadConfig(layers=2, hidden_size=512, output_size=512)))
+    """Barlow Twins.
+
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_barlow
+    Cost:     @COST_barlow@
+    Score:    @SCORE_barlow@
+    Source:   Zbontar et al. 2021; a projector of 512.
+    """
+    return _method("photos_barlow", BarlowConfig(projector=HeadConfig(layers=2, hidden_size=512, output_size=512)))
 
 
 def photos_vicreg() -> TrainConfig:
-    return _with("photos_vicreg", VICRegConfig(projector=HeadConfig(layers=2, hidden_size=512, output_size=512)))
+    """VICReg.
+
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_vicreg
+    Cost:     @COST_vicreg@
+    Score:    @SCORE_vicreg@
+    Source:   Bardes et al. 2022; a projector of 512.
+    """
+    return _method("photos_vicreg", VICRegConfig(projector=HeadConfig(layers=2, hidden_size=512, output_size=512)))
 
 
 def photos_cpc() -> TrainConfig:
+    """CPC over a 3 × 3 grid of overlapping patches of 16 pixels, one view an image.
+
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_cpc
+    Cost:     @COST_cpc@
+    Score:    @SCORE_cpc@
+    Source:   van den Oord et al. 2018, section 3.2, with larger patches and fewer rows ahead, for images of 32 pixels.
+    """
     method = CPCConfig(
         projector=HeadConfig(layers=1, output_size=128), patch_size=16, patch_stride=8, steps=2, context_size=128
     )
-    config = _with("photos_cpc", method)
+    config = _method("photos_cpc", method)
     return replace(config, augment=replace(config.augment, num_views=1))
