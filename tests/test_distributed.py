@@ -123,6 +123,78 @@ def test_together_raises_a_users_mistake_on_all_ranks(bad_ranks: list[int], outc
     assert run_ranks(call_together, 2, bad_ranks) == outcomes
 
 
+def sum_of(rank: int) -> tuple[np.ndarray, np.ndarray]:
+    mine = rows_of(rank).requires_grad_()
+    total = distributed.sum_with_grad(mine)
+    (weights(rank, 1) * total.square()).sum().backward()
+    assert mine.grad is not None
+    return total.detach().numpy(), mine.grad.numpy()
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_sum_with_grad_sums_what_all_ranks_losses_send_back(num_ranks: int) -> None:
+    total = torch.stack([rows_of(rank) for rank in range(num_ranks)]).sum(0)
+    gradient = 2 * total * sum(weights(rank, 1) for rank in range(num_ranks))
+    for found, its_gradient in run_ranks(sum_of, num_ranks):
+        np.testing.assert_allclose(found, total.numpy(), rtol=1e-5)
+        np.testing.assert_allclose(its_gradient, gradient.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def attempt_with_failures(rank: int, bad_ranks: list[int], moment: int) -> str:
+    """Two collectives and a backward pass through the second; ranks in `bad_ranks` fail before number `moment` of these."""
+
+    def fail_before(number: int) -> None:
+        if number == moment and rank in bad_ranks:
+            raise MemoryError
+
+    def call() -> float:
+        fail_before(0)
+        total = distributed.all_reduce_sum(torch.ones(1))
+        fail_before(1)
+        rows = torch.ones(1, 1, requires_grad=True)
+        everyone = distributed.gather_with_grad(rows)
+        fail_before(2)
+        everyone.sum().backward()
+        fail_before(3)
+        assert rows.grad is not None
+        return float(total + rows.grad)
+
+    try:
+        outcome = str(distributed.attempt(call, lambda error: isinstance(error, MemoryError), torch.device("cpu")))
+    except distributed.RanksFailed as failure:
+        outcome = f"failed on {failure.ranks}"
+    # The group still works, and without the questions: nobody is left waiting.
+    assert distributed.all_reduce_sum(torch.ones(1)) == distributed.world_size()
+    return outcome
+
+
+@pytest.mark.parametrize("moment", [0, 1, 2, 3])
+@pytest.mark.parametrize("bad_ranks", [[0], [2], [0, 1], [0, 1, 2]])
+def test_an_attempt_fails_on_all_ranks_wherever_one_fails(bad_ranks: list[int], moment: int) -> None:
+    assert run_ranks(attempt_with_failures, 3, bad_ranks, moment) == [f"failed on {bad_ranks}"] * 3
+
+
+def test_an_attempt_of_one_rank() -> None:
+    assert attempt_with_failures(0, [], 0) == "2.0"
+    assert attempt_with_failures(0, [0], 2) == "failed on [0]"
+
+
+def test_an_attempt_that_all_ranks_can_gives_its_value() -> None:
+    assert run_ranks(attempt_with_failures, 2, [], 0) == ["4.0", "4.0"]
+
+
+def attempt_the_unexpected(rank: int) -> None:
+    def call() -> None:
+        raise KeyError("unexpected")
+
+    distributed.attempt(call, lambda error: isinstance(error, MemoryError), torch.device("cpu"))
+
+
+def test_an_error_that_nobody_expects_is_raised_as_itself() -> None:
+    with pytest.raises(RankError, match="KeyError: 'unexpected'"):
+        run_ranks(attempt_the_unexpected, 1)
+
+
 def broadcast(rank: int) -> tuple[object, list[np.ndarray]]:
     module = nn.BatchNorm1d(3)
     for buffer in module.buffers():

@@ -359,7 +359,9 @@ def test_a_teacher_of_another_architecture_is_refused(dataset: Path, tmp_path: P
     own = build_method(config)
     foreign = {n: t for n, t in build_method(wider).state_dict().items() if n.startswith("teacher.")}
     tensors = {**newest_checkpoint(config.run_dir).tensors["model"], **foreign}
-    with pytest.raises(UserError, match=r"the checkpoint is of another model: .*size mismatch for teacher\.module\.0\.body"):
+    with pytest.raises(
+        UserError, match=r"the checkpoint is of another model: .*size mismatch for teacher\.module\.0\.body"
+    ):
         load_module(own, tensors)
 
 
