@@ -12,7 +12,8 @@ the function that the passes compute; its running statistics take each sample on
 without micro-batches. With other normalizations micro-batches change nothing but rounding.
 
 Nothing is updated before all ranks have their gradient: DDP's averaging is one pass of its own at the end. So where one
-rank runs out of memory, all halve the micro-batch and repeat the step.
+rank runs out of memory, all halve the micro-batch and repeat the step. The one exception is SyncBatchNorm, whose collectives
+lie inside the forward pass and are torch's own: a rank that fails there leaves the others waiting for the time limit.
 """
 
 import ctypes

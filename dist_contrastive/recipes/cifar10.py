@@ -87,7 +87,9 @@ def cifar10_simclr_4096_t4() -> TrainConfig:
     """SimCLR's global batch of 4096 on a single GPU of 16 GB: gradient caching in micro-batches that the memory plan finds.
 
     Command:  accelerate launch --config_file launch_configs/t4.yaml -m dist_contrastive.train cifar10_simclr_4096_t4
-    Cost:     T4_SIMCLR_COST
+    Cost:     100 epochs of ResNet-18, encoded twice forward; time not measured. Memory at fp16 as the plan predicts it for 16 GB:
+              12.9 GiB a step with micro-batches of 3,128 or fewer, 2.2 GiB with 512, 17.0 GiB without
+              (benchmarks/records/2026-11-24_2cpu_memory).
     Score:    not measured. As cifar10_simclr_4096, but for a ResNet-18: SimCLR's figure B.7 is of a ResNet-50.
     Source:   cifar10_simclr_4096; gradient caching from Gao et al. 2021. BatchNorm sees one micro-batch at a time.
     """
@@ -169,7 +171,8 @@ def cifar10_moco_t4() -> TrainConfig:
     """MoCo v2 for a small GPU: a queue of 65,536 negatives, whatever batch the memory holds.
 
     Command:  accelerate launch --config_file launch_configs/t4.yaml -m dist_contrastive.train cifar10_moco_t4
-    Cost:     T4_MOCO_COST
+    Cost:     200 epochs of ResNet-18; time not measured. Memory at fp16 as the plan predicts it for 16 GB: 0.6 GiB a step with
+              the whole batch at once (benchmarks/records/2026-11-24_2cpu_memory).
     Score:    not measured. lightly's benchmark reports kNN 0.847 at 200 epochs with its 4,096 keys.
     Source:   MoCo v2 (queue 65,536, momentum 0.999, temperature 0.2); setting of lightly's CIFAR-10 benchmark, batch 256.
     """
