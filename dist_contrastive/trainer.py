@@ -37,7 +37,7 @@ def build_method(config: TrainConfig) -> Method:
     wanted = f"exactly {most}" if most == cls.min_views else f"at least {cls.min_views}"
     require(
         cls.min_views <= views and (most is None or views <= most),
-        f"--augment.num-views {views}: {config.method.name} needs {wanted} view(s)",
+        f"--augment.num-views {views}: {config.method.name} needs {wanted} views",
     )
     torch.manual_seed(rng.step_seed(config.seed, 0, 0))
     return cls(config.method, config.encoder, image_size=config.data.image_size, seed=config.seed)

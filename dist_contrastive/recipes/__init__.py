@@ -13,7 +13,6 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     recipe.__name__: recipe
     for recipe in (
         photos.photos,
-        photos.photos_simclr,
         photos.photos_margin,
         photos.photos_supcon,
         photos.photos_dcl,

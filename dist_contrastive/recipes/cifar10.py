@@ -171,7 +171,7 @@ def cifar10_moco_t4() -> TrainConfig:
     """MoCo v2 for a small GPU: a queue of 65,536 negatives, whatever batch the memory holds.
 
     Command:  accelerate launch --config_file launch_configs/t4.yaml -m dist_contrastive.train cifar10_moco_t4
-    Cost:     200 epochs of ResNet-18; time not measured. Memory at fp16 as the plan predicts it for 16 GB: 0.6 GiB a step with
+    Cost:     200 epochs of ResNet-18; time not measured. Memory at fp16 as the plan predicts it for 16 GB: 1.0 GiB a step with
               the whole batch at once (benchmarks/records/2026-11-24_2cpu_memory).
     Score:    not measured. lightly's benchmark reports kNN 0.847 at 200 epochs with its 4,096 keys.
     Source:   MoCo v2 (queue 65,536, momentum 0.999, temperature 0.2); setting of lightly's CIFAR-10 benchmark, batch 256.
