@@ -31,7 +31,8 @@ def options(dataset: Path, run_dir: Path, *more: str) -> list[str]:
     """A command line for a run of a few seconds; later options win over earlier ones."""
     return [
         "photos", "--data.path", str(dataset), "--run-dir", str(run_dir), "--batch.global", "16", "--epochs", "2",
-        "--data.image-size", "16", "--encoder.stem", "standard", "--probe.knn-k", "5", "--launch.device", "cpu", *more,
+        "--data.image-size", "16", "--encoder.stem", "standard", "--probe.knn-k", "5", "--launch.device", "cpu",
+        "--log-every", "1", "--checkpoint.every", "1", *more,
     ]  # fmt: skip
 
 

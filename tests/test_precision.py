@@ -36,6 +36,7 @@ def test_a_gpu_follows_the_cpu(precision: str, norm: str, tmp_path: Path) -> Non
     dataset = write_dataset(tmp_path)
     common = [
         "photos", "--data.path", str(dataset), "--batch.global", "16", "--data.image-size", "16", "--probe.no-enabled",
+        "--log-every", "1",
         "--stop-after-steps", "8",
     ]  # fmt: skip
 
