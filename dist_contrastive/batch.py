@@ -1,5 +1,6 @@
 """What the loader hands to the method."""
 
+import itertools
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -27,3 +28,9 @@ class Batch:
     def view(self, number: int) -> "Batch":
         """All samples, one of their views."""
         return replace(self, views=self.views[number : number + 1])
+
+
+def balanced_slices(num_samples: int, count: int) -> list[slice]:
+    """`count` slices over `num_samples`, in order, whose sizes differ by at most one."""
+    bounds = [num_samples * number // count for number in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]

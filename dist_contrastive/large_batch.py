@@ -18,7 +18,6 @@ lie inside the forward pass and are torch's own: a rank that fails there leaves 
 
 import ctypes
 import gc
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,12 +30,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_contrastive import distributed, rng
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, balanced_slices
 from dist_contrastive.config import UserError
 from dist_contrastive.methods.base import Embeddings, Losses, Method, Report
 
 T = TypeVar("T")
 Augmentation = Callable[[Batch, torch.device], Batch]
+
+WHAT_NEEDS_LESS = (
+    "a smaller --batch.global, or a method whose negatives come from a queue instead of the batch (recipe cifar10_moco_t4, "
+    "--method.queue), needs less"
+)
+"""What to do where no micro-batch fits."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +119,7 @@ class LargeBatch:
         micro = min(self.micro or rank_batch, rank_batch)
         if micro == 1:
             raise UserError(
-                f"step {step + 1}: out of memory on rank(s) {failed} even at one sample at a time; a smaller "
-                "--batch.global, or a method whose negatives come from a queue instead of the batch (recipe "
-                "cifar10_moco_t4, --method.queue), needs less"
+                f"step {step + 1}: out of memory on rank(s) {failed} even at one sample at a time; {WHAT_NEEDS_LESS}"
             )
         self.micro = micro // 2
         self.say(
@@ -293,9 +296,7 @@ def split(num_samples: int, micro: int) -> list[slice]:
 
     With `micro` 0 one slice holds all.
     """
-    count = math.ceil(num_samples / micro) if micro else 1
-    bounds = [num_samples * number // count for number in range(count + 1)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+    return balanced_slices(num_samples, math.ceil(num_samples / micro) if micro else 1)
 
 
 def concatenate(parts: Sequence[Embeddings]) -> Embeddings:

@@ -7,7 +7,7 @@ and for the loss over the whole batch. From these follows a micro-batch; a rehea
 import resource
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import TrainConfig, UserError, require
-from dist_contrastive.large_batch import LargeBatch, release_memory
+from dist_contrastive.large_batch import WHAT_NEEDS_LESS, LargeBatch, release_memory
 from dist_contrastive.optim import STATES_PER_PARAMETER
 
 MIB = 2**20
@@ -128,9 +128,6 @@ class MemoryPlan:
             f"(measured; {self.predicted_mib:,.0f} predicted) of {self.limit_mib:,.0f} usable"
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def make_plan(large_batch: LargeBatch, config: TrainConfig, device: torch.device, *, new_optimizer: bool) -> MemoryPlan:
     """Find the micro-batch. All ranks call it together and get the same plan; nothing of the run is changed.
@@ -163,8 +160,7 @@ def make_plan(large_batch: LargeBatch, config: TrainConfig, device: torch.device
     except distributed.RanksFailed:
         pass  # not even the rehearsals fit
     raise UserError(
-        f"--batch.micro auto: {limit / MIB:,.0f} MiB hold no step of {rank_batch} samples a rank; a smaller --batch.global, or "
-        "a method whose negatives come from a queue instead of the batch (recipe cifar10_moco_t4, --method.queue), needs less"
+        f"--batch.micro auto: {limit / MIB:,.0f} MiB hold no step of {rank_batch} samples a rank; {WHAT_NEEDS_LESS}"
     )
 
 

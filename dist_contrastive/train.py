@@ -145,7 +145,7 @@ class Run:
         trainer.large_batch.say = self.progress.say
         plan = trainer.plan_memory() if config.batch.micro == "auto" and not trainer.large_batch.micro else None
         if plan:
-            self.machine["memory_plan"] = plan.to_dict()
+            self.machine["memory_plan"] = to_dict(plan)
         if self.folder:
             self.metrics = MetricsLog(self.folder.path, trainer.step)
             self.folder.write_json("machine.json", self.machine)

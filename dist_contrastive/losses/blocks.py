@@ -21,6 +21,16 @@ def blocks(num_anchors: int, num_others: int) -> Iterator[slice]:
         yield slice(start, min(num_anchors, start + size))
 
 
+def samples_of_rows(num_rows: int, num_anchors: int, num_views: int, device: torch.device) -> Tensor:
+    """The sample int64 [num_rows] of each row of all ranks' embeddings: ranks in order, in a rank view by view.
+
+    `num_anchors` is V·B, the rows of one rank.
+    """
+    batch_size = num_anchors // num_views
+    rows = torch.arange(num_rows, device=device)
+    return rows // num_anchors * batch_size + rows % batch_size
+
+
 class _MeanOverAnchors(torch.autograd.Function):
     """The gradient is taken in the forward pass, block by block: what is kept has the size of the embeddings."""
 

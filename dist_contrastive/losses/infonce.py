@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dist_contrastive.losses.blocks import mean_over_anchors
+from dist_contrastive.losses.blocks import mean_over_anchors, samples_of_rows
 
 
 def nt_xent(
@@ -33,10 +33,7 @@ def nt_xent(
         temperature: divides the cosine similarities.
         decoupled: leave the positives out of the denominator (DCL, Yeh et al. 2022, equation 6).
     """
-    num_anchors = len(anchors)
-    batch_size = num_anchors // num_views
-    rows = torch.arange(len(everyone), device=everyone.device)
-    samples = rows // num_anchors * batch_size + rows % batch_size
+    samples = samples_of_rows(len(everyone), len(anchors), num_views, everyone.device)
     return _pick_out(anchors, everyone, samples, offset=offset, temperature=temperature, decoupled=decoupled)
 
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dist_contrastive.losses.blocks import mean_over_anchors
+from dist_contrastive.losses.blocks import mean_over_anchors, samples_of_rows
 
 
 def margin_loss(
@@ -34,10 +34,7 @@ def margin_loss(
         hinge: squared as above, or linear: max(0, margin - d) / 2.
         negatives: the mean over all of them, or the hardest: each anchor's nearest negative alone.
     """
-    num_anchors = len(anchors)
-    batch_size = num_anchors // num_views
-    columns = torch.arange(len(everyone), device=everyone.device)
-    samples = columns // num_anchors * batch_size + columns % batch_size
+    samples = samples_of_rows(len(everyone), len(anchors), num_views, everyone.device)
 
     def block_sum(block: Tensor, others: Tensor, rows: slice) -> Tensor:
         own = torch.arange(offset + rows.start, offset + rows.stop, device=block.device)[:, None]

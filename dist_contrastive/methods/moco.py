@@ -1,7 +1,6 @@
 """MoCo v2 (He et al. 2020, "Momentum contrast for unsupervised visual representation learning"; Chen et al. 2020, "Improved
 baselines with momentum contrastive learning")."""
 
-import itertools
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_contrastive import distributed
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, balanced_slices
 from dist_contrastive.config import EncoderConfig, MethodConfig, require
 from dist_contrastive.losses.infonce import queue_nce
 from dist_contrastive.losses.statistics import positive_cosine
@@ -94,9 +93,7 @@ class MoCo(Method):
     def _groups(self, batch: Batch) -> list[slice]:
         """Slices over the samples: `norm_groups` of them, or fewer, so that each has at least two."""
         num_samples = len(batch.labels)
-        count = max(1, min(self.norm_groups, num_samples // 2))
-        bounds = [num_samples * number // count for number in range(count + 1)]
-        return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+        return balanced_slices(num_samples, max(1, min(self.norm_groups, num_samples // 2)))
 
     def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
         loss = queue_nce(embeddings["q"][0], embeddings["k"][0], self.queue, temperature=self.config.temperature)
