@@ -79,8 +79,8 @@ def photos_supcon() -> TrainConfig:
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_supcon
     Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.808 ± 0.009, kNN 0.759 ± 0.029 measured over two seeds, beside the untrained
-              encoder's 0.462 and 0.266 (benchmarks/records/2026-11-24_2cpu_methods).
+    Score:    linear 0.808 ± 0.007, kNN 0.758 ± 0.020 measured over three seeds, beside the untrained
+              encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   Khosla et al. 2020; temperature as in `photos`.
     """
     return _method("photos_supcon", SimCLRConfig(temperature=0.2, projector=PROJECTOR, positives="labels"))
@@ -91,8 +91,8 @@ def photos_dcl() -> TrainConfig:
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_dcl
     Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.753 ± 0.003, kNN 0.693 ± 0.004 measured over two seeds, beside the untrained
-              encoder's 0.462 and 0.266 (benchmarks/records/2026-11-24_2cpu_methods).
+    Score:    linear 0.760 ± 0.012, kNN 0.694 ± 0.003 measured over three seeds, beside the untrained
+              encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   Yeh et al. 2022; temperature as in `photos`.
     """
     return _method("photos_dcl", SimCLRConfig(temperature=0.2, projector=PROJECTOR, decoupled=True))
@@ -103,8 +103,8 @@ def photos_margin() -> TrainConfig:
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_margin
     Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.732 ± 0.008, kNN 0.650 ± 0.011 measured over two seeds, beside the untrained
-              encoder's 0.462 and 0.266 (benchmarks/records/2026-11-24_2cpu_methods).
+    Score:    linear 0.735 ± 0.008, kNN 0.652 ± 0.009 measured over three seeds, beside the untrained
+              encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   Chopra, Hadsell and LeCun 2005; Hadsell, Chopra and LeCun 2006, equation 4.
     """
     return _method("photos_margin", MarginConfig(projector=PROJECTOR))
@@ -115,8 +115,8 @@ def photos_moco() -> TrainConfig:
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_moco
     Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.735 ± 0.001, kNN 0.672 ± 0.010 measured over two seeds, beside the untrained
-              encoder's 0.462 and 0.266 (benchmarks/records/2026-11-24_2cpu_methods).
+    Score:    linear 0.735 ± 0.001, kNN 0.683 ± 0.021 measured over three seeds, beside the untrained
+              encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   MoCo v2; queue and momentum for some hundred steps, in which 0.999 would leave the teacher where it began.
     """
     return _method("photos_moco", MoCoConfig(projector=PROJECTOR, queue=2048, momentum=0.95))
@@ -127,8 +127,8 @@ def photos_mocov3() -> TrainConfig:
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_mocov3
     Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.763 ± 0.001, kNN 0.676 ± 0.002 measured over two seeds, beside the untrained
-              encoder's 0.462 and 0.266 (benchmarks/records/2026-11-24_2cpu_methods).
+    Score:    linear 0.756 ± 0.012, kNN 0.676 ± 0.002 measured over three seeds, beside the untrained
+              encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   Chen, Xie and He 2021; heads of 256 and 128, temperature 0.2, momentum for some hundred steps.
     """
     projector = replace(PROJECTOR, output_norm=True)
@@ -141,8 +141,8 @@ def photos_byol() -> TrainConfig:
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_byol
     Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.713 ± 0.013, kNN 0.626 ± 0.010 measured over two seeds, beside the untrained
-              encoder's 0.462 and 0.266 (benchmarks/records/2026-11-24_2cpu_methods).
+    Score:    linear 0.717 ± 0.012, kNN 0.634 ± 0.016 measured over three seeds, beside the untrained
+              encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   Grill et al. 2020; heads of 256 and 128, momentum for some hundred steps.
     """
     return _method("photos_byol", BYOLConfig(projector=PROJECTOR, predictor=PROJECTOR, momentum=0.95))
@@ -153,8 +153,8 @@ def photos_simsiam() -> TrainConfig:
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_simsiam
     Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.685 ± 0.028, kNN 0.535 ± 0.001 measured over two seeds, beside the untrained
-              encoder's 0.462 and 0.266 (benchmarks/records/2026-11-24_2cpu_methods).
+    Score:    linear 0.688 ± 0.020, kNN 0.558 ± 0.040 measured over three seeds, beside the untrained
+              encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   Chen and He 2021; heads an eighth of the paper's.
     """
     projector = HeadConfig(layers=3, hidden_size=256, output_size=256, output_norm=True)
@@ -167,8 +167,8 @@ def photos_barlow() -> TrainConfig:
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_barlow
     Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.724 ± 0.012, kNN 0.660 ± 0.020 measured over two seeds, beside the untrained
-              encoder's 0.462 and 0.266 (benchmarks/records/2026-11-24_2cpu_methods).
+    Score:    linear 0.734 ± 0.018, kNN 0.663 ± 0.015 measured over three seeds, beside the untrained
+              encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   Zbontar et al. 2021; a projector of 512.
     """
     return _method("photos_barlow", BarlowConfig(projector=HeadConfig(layers=2, hidden_size=512, output_size=512)))
@@ -179,8 +179,8 @@ def photos_vicreg() -> TrainConfig:
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_vicreg
     Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.766 ± 0.006, kNN 0.697 ± 0.005 measured over two seeds, beside the untrained
-              encoder's 0.462 and 0.266 (benchmarks/records/2026-11-24_2cpu_methods).
+    Score:    linear 0.769 ± 0.008, kNN 0.701 ± 0.007 measured over three seeds, beside the untrained
+              encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   Bardes et al. 2022; a projector of 512.
     """
     return _method("photos_vicreg", VICRegConfig(projector=HeadConfig(layers=2, hidden_size=512, output_size=512)))
@@ -191,8 +191,8 @@ def photos_cpc() -> TrainConfig:
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_cpc
     Cost:     14 epochs; 9 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.746 ± 0.016, kNN 0.668 ± 0.011 measured over two seeds, beside the untrained
-              encoder's 0.462 and 0.266 (benchmarks/records/2026-11-24_2cpu_methods).
+    Score:    linear 0.748 ± 0.012, kNN 0.679 ± 0.020 measured over three seeds, beside the untrained
+              encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   van den Oord et al. 2018, section 3.2, with larger patches and fewer rows ahead, for images of 32 pixels.
     """
     method = CPCConfig(
