@@ -107,7 +107,7 @@ class EncoderConfig:
     stem: Literal["standard", "small"] = "standard"
     """small: 3×3 convolution, stride 1, no max-pool, for images of about 32 pixels (ResNets)."""
     norm: Literal["batch", "sync", "group"] = "batch"
-    """batch: statistics of the rank's own views; sync: of all ranks' (GPU); group: GroupNorm, no batch statistics."""
+    """batch: statistics of the rank's own views; sync: of all ranks'; group: GroupNorm, no batch statistics."""
     dropout: float = 0.0
     """Probability of dropping a feature between encoder and projector."""
 

@@ -97,19 +97,70 @@ class RanksFailed(Exception):
         self.ranks = ranks
 
 
-_attempting = False
+class _Attempt:
+    """What the ranks tell one another while they attempt something together.
+
+    Every message is one sum over ranks of a vector of the same length: whether each rank has failed, whether somebody
+    wants to know, and room for what `small_sum` adds up. So a rank that has failed can answer whatever comes next
+    without knowing what it is.
+    """
+
+    def __init__(self, device: torch.device, message_size: int) -> None:
+        self._device = device
+        self._room = message_size
+
+    def _exchange(self, *, failed: bool = False, asks: bool = False, payload: Tensor | None = None) -> Tensor:
+        message = torch.zeros(world_size() + 1 + self._room, device=self._device, dtype=torch.float64)
+        message[rank()] = float(failed)
+        message[world_size()] = float(asks)
+        if payload is not None:
+            message[world_size() + 1 : world_size() + 1 + len(payload)] = payload
+        if world_size() > 1:
+            dist.all_reduce(message)
+        return message
+
+    def small_sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks. Nobody waits to hear whether all are there; a rank that has failed adds zeros."""
+        assert len(x) <= self._room, f"{len(x)} numbers, but an attempt with room for {self._room}"
+        start = world_size() + 1
+        return self._exchange(payload=x)[start : start + len(x)]
+
+    def ask(self) -> None:
+        """`RanksFailed` if any rank has failed."""
+        if world_size() > 1:
+            self._raise_for(self._exchange(asks=True))
+
+    def fail(self) -> None:
+        """Answer the other ranks until they ask; then, `RanksFailed`."""
+        while True:
+            message = self._exchange(failed=True)
+            asked, num_failed = float(message[world_size()]), float(message[: world_size()].sum())
+            if asked or num_failed == world_size():
+                self._raise_for(message)
+
+    def _raise_for(self, message: Tensor) -> None:
+        ranks = message[: world_size()].nonzero().flatten().tolist()
+        if ranks:
+            raise RanksFailed(ranks)
 
 
-def attempt(call: Callable[[], T], is_expected: Callable[[Exception], bool], device: torch.device) -> T:
+_attempt: _Attempt | None = None
+
+
+def attempt(
+    call: Callable[[], T], is_expected: Callable[[Exception], bool], device: torch.device, *, message_size: int = 0
+) -> T:
     """This rank's `call()`, in which collectives of this module may be used; all ranks call it together.
 
     Where an error for which `is_expected` holds is raised in any rank's call, `RanksFailed` is raised on all ranks, in
     place of a rank that waits for ever in a collective which the failed one never reaches: within the call each
     collective of this module is preceded by the question whether all ranks are there, which a failed rank answers, too.
+    `small_sum` alone goes without the question, for which a GPU would have to stand still; `message_size` is the largest
+    number of elements that it will be given, the same on all ranks.
     """
-    global _attempting
+    global _attempt
     result, failed = None, False
-    _attempting = True
+    this = _attempt = _Attempt(device, message_size)
     try:
         result = call()
     except RanksFailed:  # another rank's; this one has heard of it
@@ -119,33 +170,37 @@ def attempt(call: Callable[[], T], is_expected: Callable[[Exception], bool], dev
             raise
         failed = True
     finally:
-        _attempting = False
+        _attempt = None
     # Outside the handler: the error's traceback, and with it what the failed call held, is gone by now.
-    _require_all_ranks(failed, device)
+    if failed:
+        this.fail()
+    this.ask()
     return result  # type: ignore[return-value]
 
 
-def _require_all_ranks(failed: bool, device: torch.device) -> None:
-    ranks = [rank()] if failed else []
-    if world_size() > 1:
-        flags = torch.zeros(world_size(), device=device)
-        flags[rank()] = float(failed)
-        dist.all_reduce(flags)
-        ranks = flags.nonzero().flatten().tolist()
-    if ranks:
-        raise RanksFailed(ranks)
+def _before_collective() -> None:
+    if _attempt is not None:
+        _attempt.ask()
 
 
-def _before_collective(x: Tensor) -> None:
-    if _attempting:
-        _require_all_ranks(False, x.device)
+def small_sum(x: Tensor) -> Tensor:
+    """The sum over ranks of a float64 vector `x`, a new tensor without gradient.
+
+    Within an attempt a GPU's work is not interrupted for it, and the sum lacks what a failed rank would have added: the
+    attempt's end tells.
+    """
+    if world_size() == 1:
+        return x.detach().clone()
+    if _attempt is not None:
+        return _attempt.small_sum(x.detach())
+    return all_reduce_sum(x)
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of `x` over ranks, in a new tensor of the same shape; carries no gradient."""
     total = x.detach().clone(memory_format=torch.contiguous_format)
     if world_size() > 1:
-        _before_collective(total)
+        _before_collective()
         dist.all_reduce(total)
     return total
 
@@ -164,7 +219,7 @@ def all_gather_rows(x: Tensor) -> Tensor:
     padded = x.new_zeros((max(sizes), *x.shape[1:]))
     padded[: len(x)] = x.detach()
     parts = [torch.empty_like(padded) for _ in sizes]
-    _before_collective(padded)
+    _before_collective()
     dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
@@ -173,7 +228,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(world_size())]
-        _before_collective(x)
+        _before_collective()
         dist.all_gather(parts, x.contiguous())
         ctx.num_rows = len(x)
         return torch.cat(parts)

@@ -7,13 +7,12 @@ gradient of the whole batch, not an approximation. Where the loss is a mean over
 
 Both passes of a micro-batch see the same augmentation and dropout (functions of the sample) and the same draws of torch's
 generator (seeded by step, rank and micro-batch). BatchNorm normalizes a micro-batch with the micro-batch's own
-statistics (SyncBatchNorm: of all ranks' micro-batches of that number), in both passes, so that the gradient is exact for
+statistics (synchronised: of all ranks' micro-batches of that number), in both passes, so that the gradient is exact for
 the function that the passes compute; its running statistics take each sample once, and move as far in a step as they do
 without micro-batches. With other normalizations micro-batches change nothing but rounding.
 
 Nothing is updated before all ranks have their gradient: DDP's averaging is one pass of its own at the end. So where one
-rank runs out of memory, all halve the micro-batch and repeat the step. The one exception is SyncBatchNorm, whose collectives
-lie inside the forward pass and are torch's own: a rank that fails there leaves the others waiting for the time limit.
+rank runs out of memory, all halve the micro-batch and repeat the step.
 """
 
 import ctypes
@@ -33,6 +32,7 @@ from dist_contrastive import distributed, rng
 from dist_contrastive.batch import Batch, balanced_slices
 from dist_contrastive.config import UserError
 from dist_contrastive.methods.base import Embeddings, Losses, Method, Report
+from dist_contrastive.models.sync_norm import message_size
 
 T = TypeVar("T")
 Augmentation = Callable[[Batch, torch.device], Batch]
@@ -91,6 +91,7 @@ class LargeBatch:
         # Buffers need no broadcast at each step. Unsynchronised BatchNorm statistics differ between ranks, but training never
         # reads them, and probes and checkpoints take rank 0's; other buffers (a queue) are equal on all ranks by themselves.
         self._ddp.broadcast_buffers = False
+        self._message_size = message_size(method)
         self._batch_norms = [m for m in method.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
     def step(self, batch: Batch, step: int) -> Outcome:
@@ -139,7 +140,7 @@ class LargeBatch:
         return Outcome({name: loss.detach() for name, loss in losses.items()}, report, embeddings)
 
     def _attempt(self, call: Callable[[], T]) -> T:
-        return distributed.attempt(call, is_out_of_memory, self._device)
+        return distributed.attempt(call, is_out_of_memory, self._device, message_size=self._message_size)
 
     def _embed(self, batch: Batch, parts: Sequence[slice], number: int, step: int) -> Embeddings:
         """Embeddings of micro-batch `number`; the same ones each time it is called."""
@@ -244,7 +245,7 @@ class LargeBatch:
     def embedding_bytes(self, batch: Batch) -> int:
         """Size of the embeddings of `batch` in bytes."""
         with torch.no_grad(), self._accelerator.no_sync(self._ddp), self._statistics_untouched():
-            embeddings = self._embed(batch, split(len(batch.labels), 0), 0, 0)
+            embeddings = self._attempt(lambda: self._embed(batch, split(len(batch.labels), 0), 0, 0))
         return sum(value.numel() * value.element_size() for value in embeddings.values())
 
     def _average(self) -> None:

@@ -36,7 +36,6 @@ def connect(config: TrainConfig) -> Accelerator:
     use_cpu = use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if use_cpu:
         require(precision != "fp16", "fp16 needs a GPU; on a CPU use --launch.precision bf16 or fp32")
-        require(config.encoder.norm != "sync", "--encoder.norm sync needs GPUs; on CPUs use batch or group")
     else:
         require(
             precision != "bf16" or torch.cuda.is_bf16_supported(), "this GPU has no bf16; use --launch.precision fp16"

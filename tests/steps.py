@@ -26,9 +26,9 @@ def build(name: str, encoder: EncoderConfig) -> Method:
     return method
 
 
-def share_of_batch(method: Method) -> Batch:
+def share_of_batch(method: Method, seed: int = 1) -> Batch:
     """This rank's share of one fixed global batch, already augmented."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     views = torch.randn(method.min_views, GLOBAL_BATCH, 3, SIDE, SIDE, generator=generator)
     indices = torch.randperm(1000, generator=generator)[:GLOBAL_BATCH]
     whole = Batch(views=views, labels=indices % 3, indices=indices, epoch=3)

@@ -166,7 +166,6 @@ def command(rank: int, argv: list[str]) -> tuple[int, str]:
         (["--launch.ranks", "4"], 2, ["2 rank(s) were launched", "--launch.ranks asks for 4"]),
         (["--launch.device", "cuda"], 1, ["no CUDA device"]),
         (["--launch.precision", "fp16"], 1, ["fp16 needs a GPU"]),
-        (["--encoder.norm", "sync"], 1, ["--encoder.norm sync needs GPUs"]),
         (["--encoder.name", "resnet19"], 1, ["timm has no such model", "did you mean resnet18"]),
         (["--augment.num-views", "1"], 1, ["simclr needs at least 2 views"]),
         (["--run-dir", "/dev/null/run"], 2, ["/dev/null/run", "can't be written"]),

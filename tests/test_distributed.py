@@ -140,27 +140,35 @@ def test_sum_with_grad_sums_what_all_ranks_losses_send_back(num_ranks: int) -> N
         np.testing.assert_allclose(its_gradient, gradient.numpy(), rtol=1e-5, atol=1e-6)
 
 
-def attempt_with_failures(rank: int, bad_ranks: list[int], moment: int) -> str:
-    """Two collectives and a backward pass through the second; ranks in `bad_ranks` fail before number `moment` of these."""
+def attempt_with_failures(rank: int, bad_ranks: dict[int, int]) -> str:
+    """Small sums, two collectives and a backward pass; rank r fails before number `bad_ranks[r]` of these."""
 
     def fail_before(number: int) -> None:
-        if number == moment and rank in bad_ranks:
+        if number == bad_ranks.get(rank):
             raise MemoryError
 
     def call() -> float:
         fail_before(0)
-        total = distributed.all_reduce_sum(torch.ones(1))
+        distributed.small_sum(torch.ones(2).double())
         fail_before(1)
+        small = distributed.small_sum(torch.arange(3).double())
+        fail_before(2)
+        total = distributed.all_reduce_sum(small[1:2])
+        fail_before(3)
         rows = torch.ones(1, 1, requires_grad=True)
         everyone = distributed.gather_with_grad(rows)
-        fail_before(2)
+        fail_before(4)
         everyone.sum().backward()
-        fail_before(3)
+        fail_before(5)
+        small = distributed.small_sum(torch.ones(1).double())
+        fail_before(6)
         assert rows.grad is not None
-        return float(total + rows.grad)
+        return float(total + rows.grad + small)
 
     try:
-        outcome = str(distributed.attempt(call, lambda error: isinstance(error, MemoryError), torch.device("cpu")))
+        outcome = str(
+            distributed.attempt(call, lambda error: isinstance(error, MemoryError), torch.device("cpu"), message_size=3)
+        )
     except distributed.RanksFailed as failure:
         outcome = f"failed on {failure.ranks}"
     # The group still works, and without the questions: nobody is left waiting.
@@ -168,19 +176,44 @@ def attempt_with_failures(rank: int, bad_ranks: list[int], moment: int) -> str:
     return outcome
 
 
-@pytest.mark.parametrize("moment", [0, 1, 2, 3])
+@pytest.mark.parametrize("moment", range(7))
 @pytest.mark.parametrize("bad_ranks", [[0], [2], [0, 1], [0, 1, 2]])
 def test_an_attempt_fails_on_all_ranks_wherever_one_fails(bad_ranks: list[int], moment: int) -> None:
-    assert run_ranks(attempt_with_failures, 3, bad_ranks, moment) == [f"failed on {bad_ranks}"] * 3
+    outcomes = run_ranks(attempt_with_failures, 3, dict.fromkeys(bad_ranks, moment))
+    assert outcomes == [f"failed on {bad_ranks}"] * 3
+
+
+@pytest.mark.parametrize(
+    ("bad_ranks", "failed"),
+    [
+        ({0: 0, 1: 2}, [0, 1]),  # with only sums in between that nobody waits for, both are known
+        ({0: 0, 1: 1, 2: 2}, [0, 1, 2]),
+        ({0: 1, 1: 3}, [0]),  # rank 1 has heard of rank 0 before it would fail
+        ({0: 5, 2: 6}, [0, 2]),
+    ],
+)
+def test_ranks_that_fail_at_different_moments(bad_ranks: dict[int, int], failed: list[int]) -> None:
+    assert run_ranks(attempt_with_failures, 3, bad_ranks) == [f"failed on {failed}"] * 3
 
 
 def test_an_attempt_of_one_rank() -> None:
-    assert attempt_with_failures(0, [], 0) == "2.0"
-    assert attempt_with_failures(0, [0], 2) == "failed on [0]"
+    assert attempt_with_failures(0, {}) == "3.0"
+    assert attempt_with_failures(0, {0: 2}) == "failed on [0]"
 
 
 def test_an_attempt_that_all_ranks_can_gives_its_value() -> None:
-    assert run_ranks(attempt_with_failures, 2, [], 0) == ["4.0", "4.0"]
+    assert run_ranks(attempt_with_failures, 2, {}) == ["8.0", "8.0"]
+
+
+def sum_too_much(rank: int) -> None:
+    distributed.attempt(
+        lambda: distributed.small_sum(torch.ones(4).double()), lambda error: False, torch.device("cpu"), message_size=3
+    )
+
+
+def test_a_sum_for_which_an_attempt_has_no_room() -> None:
+    with pytest.raises(RankError, match="4 numbers, but an attempt with room for 3"):
+        run_ranks(sum_too_much, 2)
 
 
 def attempt_the_unexpected(rank: int) -> None:

@@ -1,5 +1,6 @@
 """Gradient caching and what surrounds it: BatchNorm, replayed randomness, one communication, memory that runs out."""
 
+import functools
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from dist_contrastive.config import BatchConfig, EncoderConfig, UserError
 from dist_contrastive.large_batch import is_out_of_memory, split
 from dist_contrastive.methods.base import Embeddings, Losses, Report
 from dist_contrastive.methods.simclr import SimCLR
+from dist_contrastive.models.sync_norm import SyncBatchNorm
 from tests.harness import RankError, run_ranks
 from tests.runs import (
     STEPS_PER_EPOCH,
@@ -32,6 +34,7 @@ from tests.steps import GLOBAL_BATCH, build, gradient_of, large_batch, share_of_
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 BATCH = EncoderConfig(name="resnet10_w16", stem="small", norm="batch")
+SYNC = EncoderConfig(name="resnet10_w16", stem="small", norm="sync")
 
 
 def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
@@ -70,12 +73,13 @@ def test_batch_norm_takes_the_micro_batchs_statistics_in_both_passes(micro: int)
 
 
 @pytest.mark.parametrize("micro", [8, 4, 3])
+@pytest.mark.parametrize("norm", [BATCH, SYNC], ids=["batch", "sync"])
 @pytest.mark.parametrize("name", ["simclr", "byol"])
 def test_running_statistics_take_each_sample_once_and_move_as_far_as_without_micro_batches(
-    name: str, micro: int
+    name: str, micro: int, norm: EncoderConfig
 ) -> None:
-    method = build(name, BATCH)
-    bn = next(m for m in method.encoder.modules() if isinstance(m, nn.BatchNorm2d))
+    method = build(name, norm)
+    bn = next(m for m in method.encoder.modules() if isinstance(m, nn.BatchNorm2d | SyncBatchNorm))
     assert bn.running_mean is not None
     assert bn.running_var is not None
     assert bn.momentum == 0.1
@@ -175,6 +179,16 @@ class Failing(SimCLR):
         self.fail("second pass" if torch.is_grad_enabled() else "embed")
         return super().embed(batch)
 
+    def fail_between_layers(self) -> None:
+        """Let it fail inside the encoder, too."""
+
+        def on_the_way(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self.fail("second pass, between layers" if torch.is_grad_enabled() else "between layers")
+            if inputs[0].requires_grad:
+                inputs[0].register_hook(lambda gradient: self.fail("backward between layers"))
+
+        self.encoder.body.layer3.register_forward_pre_hook(on_the_way)  # type: ignore[union-attr]
+
     def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
         distributed.gather_with_grad(embeddings["z"])
         self.fail("between two collectives")
@@ -193,6 +207,7 @@ def fail_at(rank: int, moment: str, norm: EncoderConfig) -> tuple[int, list[str]
     method.__class__ = Failing
     assert isinstance(method, Failing)
     method.moment, method.fits, method.failing_rank = moment, 1, 1
+    method.fail_between_layers()
     steps = large_batch(method, 3)
     said: list[str] = []
     steps.say = said.append
@@ -206,12 +221,22 @@ def undisturbed(rank: int, norm: EncoderConfig) -> tuple[dict[str, np.ndarray], 
     return gradient_of(method), [float(b.double().sum()) for b in method.buffers()]
 
 
+@functools.cache
+def expected_of(norm: EncoderConfig) -> list[tuple[dict[str, np.ndarray], list[float]]]:
+    return run_ranks(undisturbed, 2, norm)
+
+
 @pytest.mark.parametrize(
-    "moment", ["embed", "between two collectives", "backward of the loss", "second pass", "report"]
-)
-def test_out_of_memory_on_one_rank_of_two_makes_both_halve_and_repeat(moment: str) -> None:
-    shares = run_ranks(fail_at, 2, moment, BATCH)
-    expected = run_ranks(undisturbed, 2, BATCH)
+    "moment",
+    [
+        "embed", "between layers", "between two collectives", "backward of the loss", "second pass",
+        "second pass, between layers", "backward between layers", "report",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("norm", [BATCH, SYNC], ids=["batch", "sync"])
+def test_out_of_memory_on_one_rank_of_two_makes_both_halve_and_repeat(norm: EncoderConfig, moment: str) -> None:
+    shares = run_ranks(fail_at, 2, moment, norm)
+    expected = expected_of(norm)
     for (micro, said, gradient, buffers), (clean_gradient, clean_buffers) in zip(shares, expected, strict=True):
         assert micro == 1
         assert said == ["step 1: out of memory on rank(s) [1]; repeated with micro-batches of 1 samples instead of 3"]

@@ -2,17 +2,20 @@
 
 import difflib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
 from jaxtyping import Float
-from timm.layers import BatchNormAct2d, GroupNormAct, convert_sync_batchnorm
+from timm.layers import BatchNormAct2d, GroupNormAct
 from timm.models import register_model
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_contrastive.config import EncoderConfig, UserError
+from dist_contrastive.models.sync_norm import SyncBatchNorm
 
 CHANNELS_PER_GROUP = 16  # GroupNorm, Wu and He 2018, table 3: as good as 32 groups, and it also serves narrow layers
 
@@ -53,10 +56,8 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
     body = timm.create_model(config.name, pretrained=False, num_classes=0, **options)
     if config.stem == "small":
         _shrink_stem(body, config.name)
-    if config.norm == "group":
-        body = _with_group_norm(body)
-    elif config.norm == "sync":
-        body = convert_sync_batchnorm(body)
+    if config.norm != "batch":
+        body = _with_norm(body, {"group": _group_norm, "sync": _sync_norm}[config.norm])
     # Where a model has layers between pooling and classifier (MobileNetV3), they are part of it: its features are theirs.
     feature_size: Any = getattr(body, "head_hidden_size", None) or body.num_features
     encoder = Encoder(body, feature_size=int(feature_size))
@@ -73,20 +74,42 @@ def _shrink_stem(body: nn.Module, name: str) -> None:
     body.maxpool = nn.Identity()  # type: ignore[assignment]
 
 
-def _with_group_norm(module: nn.Module) -> nn.Module:
-    """The module with each BatchNorm replaced by a GroupNorm of the same weights."""
-    norm: nn.Module | None = None
-    if isinstance(module, BatchNormAct2d):
-        norm = GroupNormAct(module.num_features, num_groups=_num_groups(module.num_features))
-        norm.drop, norm.act = module.drop, module.act
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-        norm = nn.GroupNorm(_num_groups(module.num_features), module.num_features)
-    if norm is not None:
+def _with_norm(module: nn.Module, replace: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
+    """The module with each BatchNorm replaced by what `replace` makes of it, weights and activations kept."""
+    if isinstance(module, _BatchNorm):
+        norm = replace(module)
         norm.weight, norm.bias = module.weight, module.bias  # keeps a zero-initialised last norm zero
         return norm
     for child_name, child in module.named_children():
-        setattr(module, child_name, _with_group_norm(child))
+        setattr(module, child_name, _with_norm(child, replace))
     return module
+
+
+def _group_norm(norm: _BatchNorm) -> nn.Module:
+    num_groups = _num_groups(norm.num_features)
+    if not isinstance(norm, BatchNormAct2d):
+        return nn.GroupNorm(num_groups, norm.num_features)
+    group_norm = GroupNormAct(norm.num_features, num_groups=num_groups)
+    group_norm.drop, group_norm.act = norm.drop, norm.act
+    return group_norm
+
+
+class _SyncBatchNormAct(SyncBatchNorm):
+    """SyncBatchNorm with the dropout and the activation that timm puts into some of its norms."""
+
+    def __init__(self, norm: BatchNormAct2d) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum)
+        self.drop, self.act = norm.drop, norm.act
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.act(self.drop(super().forward(input)))
+        return output
+
+
+def _sync_norm(norm: _BatchNorm) -> nn.Module:
+    if isinstance(norm, BatchNormAct2d):
+        return _SyncBatchNormAct(norm)
+    return SyncBatchNorm(norm.num_features, norm.eps, norm.momentum)
 
 
 def _num_groups(num_channels: int) -> int:

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dist_contrastive.config import HeadConfig
+from dist_contrastive.models.sync_norm import SyncBatchNorm
 from dist_contrastive.rng import keep_mask
 
 
@@ -46,4 +47,4 @@ def build_head(config: HeadConfig, input_size: int, norm: Literal["batch", "sync
 def _norm(norm: Literal["batch", "sync", "group"], size: int, *, affine: bool = True) -> nn.Module:
     if norm == "group":
         return nn.LayerNorm(size, elementwise_affine=affine)
-    return {"batch": nn.BatchNorm1d, "sync": nn.SyncBatchNorm}[norm](size, affine=affine)
+    return {"batch": nn.BatchNorm1d, "sync": SyncBatchNorm}[norm](size, affine=affine)
