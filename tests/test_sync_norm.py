@@ -161,3 +161,22 @@ def test_an_encoder_with_it_is_the_same_function(name: str) -> None:
 def test_how_large_its_messages_are() -> None:
     assert message_size(nn.Sequential(SyncBatchNorm(4), nn.BatchNorm2d(9), SyncBatchNorm(7))) == 15
     assert message_size(nn.BatchNorm2d(9)) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("affine", [True, False])
+def test_on_a_gpu_it_is_batch_norm(affine: bool, memory_format: torch.memory_format, dtype: torch.dtype) -> None:
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    outcomes = []
+    for kind in (SyncBatchNorm, nn.BatchNorm2d):
+        norm = kind(CHANNELS, affine=affine).cuda()
+        x = images(4, 5).cuda().to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+        output = norm(x)
+        (output.float().square() * torch.linspace(-1, 1, 20, device="cuda").view(4, 5)).sum().backward()
+        assert x.grad is not None
+        outcomes.append([output, x.grad, *[p.grad for p in norm.parameters()], *norm.buffers()])
+    for found, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))

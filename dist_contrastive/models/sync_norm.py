@@ -62,6 +62,7 @@ class _Normalize(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean, var, count = _global_statistics(x)
+        weight = torch.ones_like(mean) if weight is None else weight
         output, _, _ = torch.ops.aten.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)
         ctx.save_for_backward(x, weight, mean, var, count)
         ctx.eps = eps
@@ -77,7 +78,7 @@ class _Normalize(torch.autograd.Function):
         )
         total_weight, total_bias = distributed.small_sum(torch.cat([of_weight, of_bias]).double()).float().chunk(2)
         # What flows through them, -w/σ·(x̂·mean of dy·x̂ + mean of dy) over all ranks' values, is an affine map of x̂, too.
-        each = -torch.rsqrt(var + ctx.eps) / count * (1.0 if weight is None else weight.float())
+        each = -weight.float() * torch.rsqrt(var + ctx.eps) / count
         through, _, _ = torch.ops.aten.native_batch_norm(
             x, each * total_weight, each * total_bias, mean, var, False, 0.0, ctx.eps
         )
