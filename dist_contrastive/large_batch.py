@@ -6,10 +6,10 @@ all ranks, once; then micro-batch by micro-batch a second forward pass, through 
 gradient of the whole batch, not an approximation. Where the loss is a mean over samples, gradients simply add up.
 
 Both passes of a micro-batch see the same augmentation and dropout (functions of the sample) and the same draws of torch's
-generator (seeded by step, rank and micro-batch). BatchNorm normalizes a micro-batch with the micro-batch's own
-statistics (synchronised: of all ranks' micro-batches of that number), in both passes, so that the gradient is exact for
-the function that the passes compute; its running statistics take each sample once, and move as far in a step as they do
-without micro-batches. With other normalizations micro-batches change nothing but rounding.
+generator (seeded by step, rank and micro-batch); teachers take part in the first pass alone. BatchNorm normalizes a
+micro-batch with the micro-batch's own statistics (synchronised: of all ranks' micro-batches of that number), in both passes,
+so that the gradient is exact for the function that the passes compute; its running statistics take each sample once, and move
+as far in a step as they do without micro-batches. With other normalizations micro-batches change nothing but rounding.
 
 Nothing is updated before all ranks have their gradient: DDP's averaging is one pass of its own at the end. So where one
 rank runs out of memory, all halve the micro-batch and repeat the step.
@@ -33,6 +33,7 @@ from dist_contrastive.batch import Batch, balanced_slices
 from dist_contrastive.config import UserError
 from dist_contrastive.methods.base import Embeddings, Losses, Method, Report
 from dist_contrastive.models.sync_norm import message_size
+from dist_contrastive.models.teacher import Teacher
 
 T = TypeVar("T")
 Augmentation = Callable[[Batch, torch.device], Batch]
@@ -61,10 +62,10 @@ class _Embedder(nn.Module):
         super().__init__()
         self.method = method
 
-    def forward(self, batch: Batch | None) -> Embeddings:
-        """A batch's embeddings; without one, a zero that depends on each trained parameter."""
+    def forward(self, batch: Batch | None, targets: bool) -> Embeddings:
+        """A batch's embeddings, with its targets or without; without a batch, a zero that depends on each trained parameter."""
         if batch is not None:
-            return self.method.embed(batch)
+            return self.method.embed_all(batch) if targets else self.method.embed(batch)
         zeros = [p.sum() * 0 for p in self.method.parameters() if p.requires_grad]
         return {"zero": torch.stack(zeros).sum()}
 
@@ -92,7 +93,9 @@ class LargeBatch:
         # reads them, and probes and checkpoints take rank 0's; other buffers (a queue) are equal on all ranks by themselves.
         self._ddp.broadcast_buffers = False
         self._message_size = message_size(method)
-        self._batch_norms = [m for m in method.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        self._norms = batch_norms(method)
+        self._teachers_norms = [norm for m in method.modules() if isinstance(m, Teacher) for norm in batch_norms(m)]
+        self._students_norms = [norm for norm in self._norms if norm not in self._teachers_norms]
 
     def step(self, batch: Batch, step: int) -> Outcome:
         """The gradient of update number `step` (from 0) by this rank's share `batch`, as the loader gave it.
@@ -142,10 +145,10 @@ class LargeBatch:
     def _attempt(self, call: Callable[[], T]) -> T:
         return distributed.attempt(call, is_out_of_memory, self._device, message_size=self._message_size)
 
-    def _embed(self, batch: Batch, parts: Sequence[slice], number: int, step: int) -> Embeddings:
-        """Embeddings of micro-batch `number`; the same ones each time it is called."""
+    def _embed(self, batch: Batch, parts: Sequence[slice], number: int, step: int, *, targets: bool) -> Embeddings:
+        """Embeddings of micro-batch `number`, with targets or without; the same ones each time it is called."""
         torch.manual_seed(rng.step_seed(self._seed, step, distributed.rank()) + number)
-        embeddings: Embeddings = self._ddp(self._augmentation(batch.samples(parts[number]), self._device))
+        embeddings: Embeddings = self._ddp(self._augmentation(batch.samples(parts[number]), self._device), targets)
         return embeddings
 
     def _cached(self, batch: Batch, whole: Batch, parts: Sequence[slice], step: int) -> tuple[Losses, Embeddings]:
@@ -153,11 +156,15 @@ class LargeBatch:
         single = len(parts) == 1
 
         def first_pass() -> list[Embeddings]:
-            with ExitStack() as stack:
-                if not single:
-                    stack.enter_context(torch.no_grad())
-                    stack.enter_context(self._statistics_untouched())
-                return [self._embed(batch, parts, number, step) for number in range(len(parts))]
+            embeddings = []
+            for number in range(len(parts)):
+                with ExitStack() as stack:
+                    if not single:
+                        stack.enter_context(torch.no_grad())
+                        stack.enter_context(statistics_untouched(self._students_norms))
+                        stack.enter_context(statistics_share(self._teachers_norms, parts, number))
+                    embeddings.append(self._embed(batch, parts, number, step, targets=True))
+            return embeddings
 
         first = self._attempt(first_pass)
         embeddings = concatenate(first)
@@ -171,8 +178,8 @@ class LargeBatch:
                 if single:
                     again = first[0]
                 else:
-                    with self._statistics_share(parts, number):
-                        again = self._embed(batch, parts, number, step)
+                    with statistics_share(self._students_norms, parts, number):
+                        again = self._embed(batch, parts, number, step, targets=False)
                 backward(again, {name: None if g is None else g[:, part] for name, g in gradients.items()})
 
         self._attempt(second_pass)
@@ -189,8 +196,8 @@ class LargeBatch:
         def passes() -> tuple[list[Losses], list[Embeddings]]:
             all_losses, all_embeddings = [], []
             for number, part in enumerate(parts):
-                with self._statistics_share(parts, number):
-                    embeddings = self._embed(batch, parts, number, step)
+                with statistics_share(self._norms, parts, number):
+                    embeddings = self._embed(batch, parts, number, step, targets=True)
                 share = (part.stop - part.start) / len(batch.labels)
                 losses = {
                     name: share * loss for name, loss in self.method.loss(embeddings, whole.samples(part)).items()
@@ -223,29 +230,29 @@ class LargeBatch:
         def passes() -> None:
             if self.method.couples_samples:
                 with torch.set_grad_enabled(single):
-                    first = self._embed(batch, parts, 0, 0)
+                    first = self._embed(batch, parts, 0, 0, targets=True)
                 leaves = leaves_of(first)
                 self._loss_gradient(leaves, whole)
-                again = first if single else self._embed(batch, parts, 0, 0)
+                again = first if single else self._embed(batch, parts, 0, 0, targets=False)
                 backward(
                     again,
                     {name: None if v.grad is None else v.grad[:, : len(labels)] for name, v in leaves.items()},
                 )
             else:
-                embeddings = self._embed(batch, parts, 0, 0)
+                embeddings = self._embed(batch, parts, 0, 0, targets=True)
                 self._accelerator.backward(self.method.loss(embeddings, replace(batch, labels=labels))["loss"])
                 leaves_of(embeddings)
 
         try:
-            with self._accelerator.no_sync(self._ddp), self._statistics_untouched():
+            with self._accelerator.no_sync(self._ddp), statistics_untouched(self._norms):
                 self._attempt(passes)
         finally:
             self.method.zero_grad(set_to_none=True)
 
     def embedding_bytes(self, batch: Batch) -> int:
         """Size of the embeddings of `batch` in bytes."""
-        with torch.no_grad(), self._accelerator.no_sync(self._ddp), self._statistics_untouched():
-            embeddings = self._attempt(lambda: self._embed(batch, split(len(batch.labels), 0), 0, 0))
+        with torch.no_grad(), self._accelerator.no_sync(self._ddp), statistics_untouched(self._norms):
+            embeddings = self._attempt(lambda: self._embed(batch, split(len(batch.labels), 0), 0, 0, targets=True))
         return sum(value.numel() * value.element_size() for value in embeddings.values())
 
     def _average(self) -> None:
@@ -254,42 +261,49 @@ class LargeBatch:
         DDP averages in a backward pass that it has prepared; this one adds nothing to the gradients that are there.
         """
         if distributed.world_size() > 1:
-            self._ddp(None)["zero"].backward()
+            self._ddp(None, False)["zero"].backward()
 
     def _statistics(self) -> Iterator[Tensor]:
         """Running statistics of all BatchNorm layers."""
-        for module in self._batch_norms:
-            yield from module.buffers(recurse=False)
+        for norm in self._norms:
+            yield from norm.buffers(recurse=False)
 
-    @contextmanager
-    def _statistics_untouched(self) -> Iterator[None]:
-        """Within the context BatchNorm normalizes by the batch and leaves its running statistics as they are."""
-        for module in self._batch_norms:
-            module.track_running_stats = False
-        try:
-            yield
-        finally:
-            for module in self._batch_norms:
-                module.track_running_stats = True
 
-    @contextmanager
-    def _statistics_share(self, parts: Sequence[slice], number: int) -> Iterator[None]:
-        """Within the context running statistics move by micro-batch `number`'s share of what a whole batch moves them.
+def batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    """The module's BatchNorm layers that have running statistics."""
+    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
-        Micro-batch k of share w_k of the samples gets momentum m_k = a·w_k / (1 - a·(w_{k+1} + ...)), so that after all
-        of them old = (1 - a)·old + a·(w_1·s_1 + w_2·s_2 + ...) for the layer's own momentum a.
-        """
-        total = parts[-1].stop
-        share, later = (parts[number].stop - parts[number].start) / total, 1 - parts[number].stop / total
-        before = [module.momentum for module in self._batch_norms]
-        for module, momentum in zip(self._batch_norms, before, strict=True):
-            if momentum is not None:
-                module.momentum = momentum * share / (1 - momentum * later)
-        try:
-            yield
-        finally:
-            for module, momentum in zip(self._batch_norms, before, strict=True):
-                module.momentum = momentum
+
+@contextmanager
+def statistics_untouched(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Within the context BatchNorm normalizes by the batch and leaves its running statistics as they are."""
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+@contextmanager
+def statistics_share(norms: Sequence[_BatchNorm], parts: Sequence[slice], number: int) -> Iterator[None]:
+    """Within the context running statistics move by micro-batch `number`'s share of what a whole batch moves them.
+
+    Micro-batch k of share w_k of the samples gets momentum m_k = a·w_k / (1 - a·(w_{k+1} + ...)), so that after all
+    of them old = (1 - a)·old + a·(w_1·s_1 + w_2·s_2 + ...) for the layer's own momentum a.
+    """
+    total = parts[-1].stop
+    share, later = (parts[number].stop - parts[number].start) / total, 1 - parts[number].stop / total
+    before = [norm.momentum for norm in norms]
+    for norm, momentum in zip(norms, before, strict=True):
+        if momentum is not None:
+            norm.momentum = momentum * share / (1 - momentum * later)
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum
 
 
 def split(num_samples: int, micro: int) -> list[slice]:

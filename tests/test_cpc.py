@@ -1,8 +1,5 @@
-"""CPC's loss over grids against nested-loop pseudocode of its paper, on one rank and on several; what a context may see.
-
-The rest of CPC's contracts (patches, gradient through both branches, micro-batches) is in test_methods.py and
-test_parity.py, with those of all methods.
-"""
+"""CPC's loss over grids against nested-loop pseudocode of its paper, on one rank and on several; patches, and what a
+context may see."""
 
 import math
 from dataclasses import replace
@@ -129,6 +126,41 @@ def test_float32_inside_autocast() -> None:
     assert loss.dtype == torch.float32
     assert loss.item() == small_grid().loss(given, batch)["loss"].item()
     assert all(x.dtype == torch.float32 for x in embedded.values())
+
+
+def test_patches_are_the_papers_grid() -> None:
+    method = cpc()
+    assert (method.patch_size, method.patch_stride, method.side) == (4, 2, 7)
+    batch = images(1, 4)
+    embeddings = method.embed_all(batch)
+    assert embeddings["z"].shape == (1, 4, 7, 7, 8)
+    assert embeddings["prediction_3"].shape == (1, 4, 4, 7, 8)
+    row, column, sample = 4, 1, 2
+    patch = batch.views[0, sample : sample + 1, :, 2 * row : 2 * row + 4, 2 * column : 2 * column + 4]
+    by_hand = torch.nn.functional.normalize(method.projector(method.encoder(patch)), dim=1)[0]
+    torch.testing.assert_close(method.embed_all(batch)["z"][0, sample, row, column], by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prediction_sees_the_rows_above_alone() -> None:
+    method = cpc()
+    z = torch.randn(1, 7, 7, 8, requires_grad=True)
+    for k, prediction in enumerate(method.predictions(method.context(z)), start=1):
+        assert prediction.shape[1] == 7 - k
+        made_at = 3  # row of the context; the prediction is about row made_at + k
+        (gradient,) = torch.autograd.grad(prediction[0, made_at, 3].sum(), z, retain_graph=True)
+        rows = gradient[0].abs().sum((1, 2))
+        assert rows[made_at + 1 :].eq(0).all()
+        assert rows[: made_at + 1].gt(0).all()
+        assert gradient[0].abs().sum((0, 2)).gt(0).all(), "all columns"
+
+
+def test_cpc_takes_one_view_and_several() -> None:
+    method = cpc()
+    batch = images(1, 4)
+    two = replace(batch, views=torch.cat([batch.views, batch.views + 1]))
+    one_loss, two_loss = (method.loss(method.embed_all(b), b)["loss"] for b in (batch, two))
+    assert method.embed_all(two)["z"].shape[0] == 2
+    assert two_loss > one_loss, "twice as many negatives"
 
 
 def test_pixels_below_a_row_of_patches_do_not_change_what_is_predicted_from_it() -> None:

@@ -19,6 +19,7 @@ from dist_contrastive.large_batch import is_out_of_memory, split
 from dist_contrastive.methods.base import Embeddings, Losses, Report
 from dist_contrastive.methods.simclr import SimCLR
 from dist_contrastive.models.sync_norm import SyncBatchNorm
+from dist_contrastive.models.teacher import Teacher
 from tests.harness import RankError, run_ranks
 from tests.runs import (
     STEPS_PER_EPOCH,
@@ -100,6 +101,22 @@ def test_running_statistics_take_each_sample_once_and_move_as_far_as_without_mic
     assert bn.num_batches_tracked == len(parts)
     assert bn.momentum == 0.1
     assert bn.track_running_stats
+
+
+def test_a_teacher_takes_part_once_and_its_running_statistics_move_as_far_as_the_students() -> None:
+    method = build("mocov3", BATCH)
+    teacher = method.teacher
+    assert isinstance(teacher, Teacher)
+    teacher.module.load_state_dict(method.student.state_dict())
+    seen: list[Tensor] = []
+    teacher.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    batch = share_of_batch(method)
+    large_batch(method, 3).step(batch, 0)
+    assert [len(views) for views in seen] == [2 * (part.stop - part.start) for part in split(GLOBAL_BATCH, 3)]
+    # Both have the same weights and have seen the same images.
+    for (name, one), other in zip(teacher.module.named_buffers(), method.student.buffers(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+    assert teacher.module.get_buffer("0.body.bn1.running_mean").any()
 
 
 class Noisy(SimCLR):

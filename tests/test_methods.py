@@ -1,4 +1,4 @@
-"""What every method promises: where gradient flows and where it stops, teachers, queues, parity and resume of whole runs.
+"""What every method promises: where gradient flows and where it stops, teachers, parity and resume of whole runs.
 
 Tests over METHODS find a new method by themselves; STOPPED says where its paper stops the gradient.
 """
@@ -6,7 +6,6 @@ Tests over METHODS find a new method by themselves; STOPPED says where its paper
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +17,6 @@ from dist_contrastive.checkpoint import load_module
 from dist_contrastive.config import EncoderConfig, HeadConfig, TrainConfig, UserError
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.base import Embeddings, Method
-from dist_contrastive.methods.cpc import CPC, CPCConfig
-from dist_contrastive.methods.moco import MoCo, MoCoConfig
 from dist_contrastive.methods.simclr import SimCLRConfig
 from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.schedules import ema_momentum
@@ -36,10 +33,9 @@ from tests.runs import (
     train_on_rank,
     write_dataset,
 )  # fmt: skip
-from tests.steps import GLOBAL_BATCH, build, gradient_of, large_batch, share_of_batch
+from tests.steps import build, gradient_of, large_batch, share_of_batch
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
-BATCH = EncoderConfig(name="resnet10_w16", stem="small", norm="batch")
 
 STOPPED: dict[str, set[str]] = {
     "moco": {"z", "k"}, "mocov3": {"z", "k"}, "byol": {"z", "k"}, "simsiam": {"z"},
@@ -66,7 +62,7 @@ def directional_derivative(method: Method, direction: list[Tensor], fixed: Embed
         with torch.no_grad():
             for p, d in zip(trained, direction, strict=True):
                 p.add_(d, alpha=step)
-            loss = method.loss({**method.embed(batch), **fixed}, batch)["loss"].item()
+            loss = method.loss({**method.embed_all(batch), **fixed}, batch)["loss"].item()
             for p, d in zip(trained, direction, strict=True):
                 p.sub_(d, alpha=step)
         return loss
@@ -79,7 +75,7 @@ def directional_derivative(method: Method, direction: list[Tensor], fixed: Embed
 def test_the_gradient_is_that_of_the_loss_with_the_papers_branches_standing_still(name: str) -> None:
     method = build(name, GROUP)
     batch = share_of_batch(method)
-    embeddings = method.embed(batch)
+    embeddings = method.embed_all(batch)
     stopped = {key for key, value in embeddings.items() if not value.requires_grad}
     assert stopped == STOPPED.get(name, set())
     method.loss(embeddings, batch)["loss"].backward()
@@ -100,7 +96,7 @@ def test_the_stopped_branch_matters_to_the_loss_and_gets_no_gradient(name: str) 
     method = build(name, GROUP)
     batch = share_of_batch(method)
     target = "z" if name == "simsiam" else "k"
-    leaves = {key: value.detach().requires_grad_() for key, value in method.embed(batch).items()}
+    leaves = {key: value.detach().requires_grad_() for key, value in method.embed_all(batch).items()}
     loss = method.loss(leaves, batch)["loss"]
     loss.backward()
     assert leaves["q"].grad is not None
@@ -137,180 +133,6 @@ def test_a_teachers_momentum_rises_to_one_on_a_cosine() -> None:
     """BYOL, section 3.2: τ = 1 - (1 - τ_base)·(cos(πk/K) + 1)/2."""
     found = [ema_momentum(progress, 0.9) for progress in (0.0, 0.25, 0.5, 1.0)]
     assert found == pytest.approx([0.9, 1 - 0.1 * (np.cos(np.pi / 4) + 1) / 2, 0.95, 1.0])
-
-
-def test_byols_loss_is_the_papers() -> None:
-    """Grill et al. 2020, equation 2: |q/|q| - k/|k||², summed over both directions, the mean over samples."""
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 5, 4, generator=generator), torch.randn(2, 5, 4, generator=generator)
-    method = build("byol", GROUP)
-    loss = method.loss({"z": q, "q": q, "k": k}, share_of_batch(method))["loss"].item()
-    total = 0.0
-    for i in range(5):
-        for v, w in ((0, 1), (1, 0)):
-            one, other = q[v, i].double().numpy(), k[w, i].double().numpy()
-            total += np.sum((one / np.linalg.norm(one) - other / np.linalg.norm(other)) ** 2)
-    assert loss == pytest.approx(total / 5, rel=1e-5)
-
-
-def test_simsiams_loss_is_the_papers() -> None:
-    """Chen and He 2021, equations 1 and 2: half of D(p1, z2) + D(p2, z1), D the negative cosine."""
-    generator = torch.Generator().manual_seed(0)
-    q, z = torch.randn(2, 5, 4, generator=generator), torch.randn(2, 5, 4, generator=generator)
-    method = build("simsiam", GROUP)
-    loss = method.loss({"z": z, "q": q}, share_of_batch(method))["loss"].item()
-    total = 0.0
-    for i in range(5):
-        for v, w in ((0, 1), (1, 0)):
-            p, target = q[v, i].double().numpy(), z[w, i].double().numpy()
-            total -= 0.5 * p @ target / (np.linalg.norm(p) * np.linalg.norm(target))
-    assert loss == pytest.approx(total / 5, rel=1e-5)
-
-
-def test_mocov3s_loss_is_the_papers() -> None:
-    """Chen, Xie and He 2021, algorithm 1: 2 τ CE(q k'/τ) for both directions, summed."""
-    generator = torch.Generator().manual_seed(0)
-    q, k = (F.normalize(torch.randn(2, 5, 4, generator=generator), dim=-1) for _ in range(2))
-    method = build("mocov3", GROUP)
-    temperature = method.config.temperature  # type: ignore[union-attr]
-    assert isinstance(temperature, float)
-    loss = method.loss({"z": q, "q": q, "k": k}, share_of_batch(method))["loss"].item()
-    total = 0.0
-    for v, w in ((0, 1), (1, 0)):
-        for i in range(5):
-            scores = [np.exp(float(q[v, i] @ k[w, j]) / temperature) for j in range(5)]
-            total -= 2 * temperature * np.log(scores[i] / sum(scores)) / 5
-    assert loss == pytest.approx(total, rel=1e-5)
-
-
-# MoCo's queue and keys.
-
-
-def small_moco(encoder: EncoderConfig, queue: int = 24) -> MoCo:
-    torch.manual_seed(0)
-    config = MoCoConfig(projector=HeadConfig(layers=2, hidden_size=32, output_size=16), queue=queue, norm_groups=2)
-    return MoCo(config, encoder, image_size=16, seed=0)
-
-
-def queue_after(rank: int, num_steps: int) -> tuple[np.ndarray, int]:
-    method = small_moco(GROUP)
-    batch = share_of_batch(method)
-    for step in range(num_steps):
-        shifted = replace(batch, views=batch.views + step)
-        method.after_step(0.5, {name: x.detach() for name, x in method.embed(shifted).items()})
-    return method.queue.numpy().copy(), int(method.queue_pointer)
-
-
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_the_queue_is_the_same_on_all_ranks_and_as_at_one(num_ranks: int) -> None:
-    expected, pointer = run_ranks(queue_after, 1, 4)[0]
-    for queue, its_pointer in run_ranks(queue_after, num_ranks, 4):
-        np.testing.assert_allclose(queue, expected, atol=1e-6)
-        assert its_pointer == pointer
-    queues = [queue for queue, _ in run_ranks(queue_after, num_ranks, 4)]
-    assert all(np.array_equal(queue, queues[0]) for queue in queues), "bit for bit: it is never broadcast"
-
-
-def test_the_queue_is_a_ring() -> None:
-    initial = small_moco(GROUP).queue.numpy()
-    two, pointer = queue_after(0, 2)
-    assert pointer == 2 * GLOBAL_BATCH
-    assert np.array_equal(two[2 * GLOBAL_BATCH :], initial[2 * GLOBAL_BATCH :])
-    assert not np.array_equal(two[: 2 * GLOBAL_BATCH], initial[: 2 * GLOBAL_BATCH])
-    three, pointer = queue_after(0, 3)
-    assert pointer == 0
-    four, pointer = queue_after(0, 4)
-    assert pointer == GLOBAL_BATCH
-    assert np.array_equal(four[GLOBAL_BATCH:], three[GLOBAL_BATCH:])
-    np.testing.assert_allclose(np.linalg.norm(four, axis=1), 1, atol=1e-5)
-
-
-def test_keys_are_normalized_in_groups_of_shuffled_samples_and_come_back_in_order() -> None:
-    method = small_moco(BATCH).train()
-    batch = share_of_batch(method)
-    seen: list[Tensor] = []
-    teacher = method.teacher
-    hook = teacher.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    keys = method.embed(batch)["k"][0]
-    hook.remove()
-    assert [len(group) for group in seen] == [GLOBAL_BATCH // 2] * 2
-    shuffled = torch.cat(seen)
-    order = [next(i for i in range(GLOBAL_BATCH) if torch.equal(batch.views[1, i], image)) for image in shuffled]
-    assert sorted(order) == list(range(GLOBAL_BATCH))
-    assert order != sorted(order)
-    by_hand = torch.cat([teacher(group) for group in seen])
-    torch.testing.assert_close(keys[order], F.normalize(by_hand, dim=1))
-    together = F.normalize(teacher(batch.views[1]), dim=1)
-    assert (keys - together).abs().max() > 1e-3, "one BatchNorm over all keys would tell which batch they are from"
-
-
-def test_without_batch_statistics_groups_change_nothing() -> None:
-    method = small_moco(GROUP)
-    batch = share_of_batch(method)
-    together = F.normalize(method.teacher(batch.views[1]), dim=1)
-    torch.testing.assert_close(method.embed(batch)["k"][0], together, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("queue", "batch", "hint"), [(8, 16, 16), (100, 16, 96), (17, 16, 16)])
-def test_a_queue_that_is_no_multiple_of_the_global_batch_is_refused(
-    queue: int, batch: int, hint: int, tmp_path: Path
-) -> None:
-    config = tiny_config(tmp_path, tmp_path)
-    assert config.batch.size == batch
-    with pytest.raises(UserError, match=rf"^--method.queue {queue}: must be a multiple .* {batch}; give {hint}$"):
-        replace(config, method=MoCoConfig(queue=queue))
-
-
-# CPC's grid.
-
-
-def small_cpc(**options: Any) -> CPC:
-    torch.manual_seed(0)
-    projector = HeadConfig(layers=1, output_size=16)
-    return CPC(CPCConfig(projector=projector, context_size=16, **options), GROUP, image_size=16, seed=0)
-
-
-def test_patches_are_the_papers_grid() -> None:
-    method = small_cpc()
-    assert (method.patch_size, method.patch_stride, method.side) == (4, 2, 7)
-    batch = share_of_batch(method)
-    embeddings = method.embed(batch)
-    assert embeddings["z"].shape == (1, GLOBAL_BATCH, 7, 7, 16)
-    assert embeddings["prediction_3"].shape == (1, GLOBAL_BATCH, 4, 7, 16)
-    row, column, sample = 4, 1, 2
-    patch = batch.views[0, sample : sample + 1, :, 2 * row : 2 * row + 4, 2 * column : 2 * column + 4]
-    method.dropout.probability = 0.0
-    by_hand = F.normalize(method.projector(method.encoder(patch)), dim=1)[0]
-    torch.testing.assert_close(method.embed(batch)["z"][0, sample, row, column], by_hand, rtol=1e-4, atol=1e-5)
-
-
-def test_a_prediction_sees_the_rows_above_alone() -> None:
-    method = small_cpc()
-    z = torch.randn(1, 7, 7, 16, requires_grad=True)
-    for k, prediction in enumerate(method.predictions(method.context(z)), start=1):
-        assert prediction.shape[1] == 7 - k
-        made_at = 3  # row of the context; the prediction is about row made_at + k
-        (gradient,) = torch.autograd.grad(prediction[0, made_at, 3].sum(), z, retain_graph=True)
-        rows = gradient[0].abs().sum((1, 2))
-        assert rows[made_at + 1 :].eq(0).all()
-        assert rows[: made_at + 1].gt(0).all()
-        assert gradient[0].abs().sum((0, 2)).gt(0).all(), "all columns"
-
-
-def test_a_grid_without_rows_to_predict_is_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"^--method.steps 3: patches of 16 pixels, 8 apart, make 1 rows of an image of 16"
-    ):
-        small_cpc(patch_size=16)
-
-
-def test_cpc_takes_one_view_and_several() -> None:
-    method = small_cpc()
-    batch = share_of_batch(method)
-    two = replace(batch, views=torch.cat([batch.views, batch.views + 1]))
-    one_loss, two_loss = (method.loss(method.embed(b), b)["loss"] for b in (batch, two))
-    assert method.embed(two)["z"].shape[0] == 2
-    assert two_loss > one_loss, "twice as many negatives"
 
 
 # Whole runs.

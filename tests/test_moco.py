@@ -1,11 +1,10 @@
-"""MoCo v2 and v3: exact gradients with the keys held constant, the queue's start and state, the groups of keys.
-
-What they share with all methods (parity, teachers, where gradient stops) and the queue's movement are in `test_methods`.
-"""
+"""MoCo v2 and v3: the papers' losses, exact gradients with the keys held constant, the queue, the groups of keys."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +15,8 @@ from dist_contrastive.methods.base import Method
 from dist_contrastive.methods.moco import MoCo, MoCoConfig
 from dist_contrastive.methods.mocov3 import MoCoV3, MoCoV3Config
 from dist_contrastive.models.teacher import Teacher
+from tests.harness import run_ranks
+from tests.runs import tiny_config
 from tests.steps import GLOBAL_BATCH, SIDE, build, share_of_batch
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
@@ -23,9 +24,9 @@ BATCH = EncoderConfig(name="resnet10_w16", stem="small", norm="batch")
 HEAD = HeadConfig(layers=2, hidden_size=32, output_size=16)
 
 
-def small_moco(*, seed: int = 0, queue: int = 24, encoder: EncoderConfig = GROUP) -> MoCo:
+def small_moco(*, seed: int = 0, encoder: EncoderConfig = GROUP, norm_groups: int = 8) -> MoCo:
     torch.manual_seed(seed)
-    return MoCo(MoCoConfig(projector=HEAD, queue=queue), encoder, image_size=SIDE, seed=0)
+    return MoCo(MoCoConfig(projector=HEAD, queue=24, norm_groups=norm_groups), encoder, image_size=SIDE, seed=0)
 
 
 def gradients(method: Method, loss: Tensor) -> list[Tensor]:
@@ -44,7 +45,7 @@ def test_mocos_gradient_is_that_of_cross_entropy_with_constant_keys_and_queue() 
     method = small_moco()
     move(method.teacher)
     batch = share_of_batch(method)
-    loss = method.loss(method.embed(batch), batch)["loss"]
+    loss = method.loss(method.embed_all(batch), batch)["loss"]
     query = F.normalize(method.project(batch.view(0))[0], dim=1)
     with torch.no_grad():
         key = F.normalize(method.teacher(batch.views[1]), dim=1)
@@ -60,7 +61,7 @@ def test_mocov3s_gradient_is_that_of_cross_entropy_with_constant_keys() -> None:
     assert isinstance(method, MoCoV3)
     move(method.teacher)
     batch = share_of_batch(method)
-    loss = method.loss(method.embed(batch), batch)["loss"]
+    loss = method.loss(method.embed_all(batch), batch)["loss"]
     queries = F.normalize(method.predictor(method.project(batch).flatten(0, 1)), dim=1).chunk(2)
     with torch.no_grad():
         keys = [F.normalize(method.teacher(view), dim=1) for view in batch.views]
@@ -70,10 +71,26 @@ def test_mocov3s_gradient_is_that_of_cross_entropy_with_constant_keys() -> None:
     torch.testing.assert_close(gradients(method, loss), gradients(method, expected), rtol=1e-4, atol=1e-6)
 
 
+def test_mocov3s_loss_is_the_papers() -> None:
+    """Chen, Xie and He 2021, algorithm 1: 2 τ CE(q k'/τ) for both directions, summed."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (F.normalize(torch.randn(2, 5, 4, generator=generator), dim=-1) for _ in range(2))
+    method = build("mocov3", GROUP)
+    temperature = method.config.temperature  # type: ignore[union-attr]
+    assert isinstance(temperature, float)
+    loss = method.loss({"z": q, "q": q, "k": k}, share_of_batch(method))["loss"].item()
+    total = 0.0
+    for v, w in ((0, 1), (1, 0)):
+        for i in range(5):
+            scores = [np.exp(float(q[v, i] @ k[w, j]) / temperature) for j in range(5)]
+            total -= 2 * temperature * np.log(scores[i] / sum(scores)) / 5
+    assert loss == pytest.approx(total, rel=1e-5)
+
+
 def test_the_queue_is_used_but_not_trained() -> None:
     method = small_moco()
     batch = share_of_batch(method)
-    embeddings = method.embed(batch)
+    embeddings = method.embed_all(batch)
     before = method.loss(embeddings, batch)["loss"].item()
     assert not method.queue.requires_grad
     method.queue.copy_(embeddings["q"][0].detach().repeat(3, 1))
@@ -90,17 +107,50 @@ def test_the_queue_starts_as_unit_rows_that_torchs_seed_decides() -> None:
     assert not torch.equal(one.queue, other.queue)
 
 
+def queue_after(rank: int, num_steps: int) -> tuple[np.ndarray, int]:
+    method = small_moco()
+    batch = share_of_batch(method)
+    for step in range(num_steps):
+        shifted = replace(batch, views=batch.views + step)
+        method.after_step(0.5, {name: x.detach() for name, x in method.embed_all(shifted).items()})
+    return method.queue.numpy().copy(), int(method.queue_pointer)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_the_queue_is_the_same_on_all_ranks_and_as_at_one(num_ranks: int) -> None:
+    expected, pointer = run_ranks(queue_after, 1, 4)[0]
+    for queue, its_pointer in run_ranks(queue_after, num_ranks, 4):
+        np.testing.assert_allclose(queue, expected, atol=1e-6)
+        assert its_pointer == pointer
+    queues = [queue for queue, _ in run_ranks(queue_after, num_ranks, 4)]
+    assert all(np.array_equal(queue, queues[0]) for queue in queues), "bit for bit: it is never broadcast"
+
+
+def test_the_queue_is_a_ring() -> None:
+    initial = small_moco().queue.numpy()
+    two, pointer = queue_after(0, 2)
+    assert pointer == 2 * GLOBAL_BATCH
+    assert np.array_equal(two[2 * GLOBAL_BATCH :], initial[2 * GLOBAL_BATCH :])
+    assert not np.array_equal(two[: 2 * GLOBAL_BATCH], initial[: 2 * GLOBAL_BATCH])
+    three, pointer = queue_after(0, 3)
+    assert pointer == 0
+    four, pointer = queue_after(0, 4)
+    assert pointer == GLOBAL_BATCH
+    assert np.array_equal(four[GLOBAL_BATCH:], three[GLOBAL_BATCH:])
+    np.testing.assert_allclose(np.linalg.norm(four, axis=1), 1, atol=1e-5)
+
+
 def test_queue_pointer_and_teacher_come_back_from_the_state() -> None:
     method, restored = small_moco(), small_moco(seed=1)
     batch = share_of_batch(method)
     for _ in range(2):
-        method.after_step(0.5, {name: x.detach() for name, x in method.embed(batch).items()})
+        method.after_step(0.5, {name: x.detach() for name, x in method.embed_all(batch).items()})
     restored.load_state_dict(method.state_dict())
     assert restored.queue_pointer == 2 * GLOBAL_BATCH
     losses = []
     for one in (method, restored):
-        one.after_step(0.5, {name: x.detach() for name, x in one.embed(batch).items()})
-        losses.append(one.loss(one.embed(batch), batch)["loss"].item())
+        one.after_step(0.5, {name: x.detach() for name, x in one.embed_all(batch).items()})
+        losses.append(one.loss(one.embed_all(batch), batch)["loss"].item())
     assert losses[0] == losses[1]
     assert torch.equal(restored.queue, method.queue)
     assert restored.queue_pointer == 0
@@ -110,7 +160,7 @@ def groups_of_keys(method: MoCo, samples: slice, epoch: int) -> list[Tensor]:
     """What the teacher is given, call by call."""
     seen: list[Tensor] = []
     hook = method.teacher.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    method.embed(replace(share_of_batch(method).samples(samples), epoch=epoch))
+    method.embed_all(replace(share_of_batch(method).samples(samples), epoch=epoch))
     hook.remove()
     return seen
 
@@ -126,7 +176,7 @@ def test_queries_are_normalized_in_groups_too_in_their_own_order() -> None:
     batch = share_of_batch(method)
     seen: list[Tensor] = []
     hook = method.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    method.embed(batch)
+    method.embed_all(batch)
     hook.remove()
     assert [len(group) for group in seen] == [2] * (GLOBAL_BATCH // 2)
     assert torch.equal(torch.cat(seen), batch.views[0])
@@ -134,6 +184,42 @@ def test_queries_are_normalized_in_groups_too_in_their_own_order() -> None:
     order = [next(i for i in range(GLOBAL_BATCH) if torch.equal(batch.views[1, i], image)) for image in keys]
     pairs = [set(order[start : start + 2]) for start in range(0, GLOBAL_BATCH, 2)]
     assert sum(pair == {2 * g, 2 * g + 1} for g, pair in enumerate(pairs)) < 4, "the keys' groups are other ones"
+
+
+def test_keys_are_normalized_in_groups_of_shuffled_samples_and_come_back_in_order() -> None:
+    method = small_moco(encoder=BATCH, norm_groups=2).train()
+    batch = share_of_batch(method)
+    seen: list[Tensor] = []
+    teacher = method.teacher
+    hook = teacher.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    keys = method.embed_all(batch)["k"][0]
+    hook.remove()
+    assert [len(group) for group in seen] == [GLOBAL_BATCH // 2] * 2
+    shuffled = torch.cat(seen)
+    order = [next(i for i in range(GLOBAL_BATCH) if torch.equal(batch.views[1, i], image)) for image in shuffled]
+    assert sorted(order) == list(range(GLOBAL_BATCH))
+    assert order != sorted(order)
+    by_hand = torch.cat([teacher(group) for group in seen])
+    torch.testing.assert_close(keys[order], F.normalize(by_hand, dim=1))
+    together = F.normalize(teacher(batch.views[1]), dim=1)
+    assert (keys - together).abs().max() > 1e-3, "one BatchNorm over all keys would tell which batch they are from"
+
+
+def test_without_batch_statistics_groups_change_nothing() -> None:
+    method = small_moco()
+    batch = share_of_batch(method)
+    together = F.normalize(method.teacher(batch.views[1]), dim=1)
+    torch.testing.assert_close(method.embed_all(batch)["k"][0], together, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("queue", "batch", "hint"), [(8, 16, 16), (100, 16, 96), (17, 16, 16)])
+def test_a_queue_that_is_no_multiple_of_the_global_batch_is_refused(
+    queue: int, batch: int, hint: int, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path, tmp_path)
+    assert config.batch.size == batch
+    with pytest.raises(UserError, match=rf"^--method.queue {queue}: must be a multiple .* {batch}; give {hint}$"):
+        replace(config, method=MoCoConfig(queue=queue))
 
 
 def test_the_shuffle_replays_and_is_another_in_each_epoch() -> None:
@@ -146,7 +232,7 @@ def test_the_shuffle_replays_and_is_another_in_each_epoch() -> None:
 def test_mocos_report_compares_queries_with_their_keys() -> None:
     method = small_moco()
     batch = share_of_batch(method)
-    embeddings = method.embed(batch)
+    embeddings = method.embed_all(batch)
     expected = F.cosine_similarity(embeddings["q"][0], embeddings["k"][0]).mean().item()
     report = method.report(embeddings, batch)
     assert report["positive_cosine"].item() == pytest.approx(expected, abs=1e-6)

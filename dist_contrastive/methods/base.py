@@ -26,10 +26,10 @@ MAX_RANK_ROWS = 2048
 class Method(nn.Module, ABC):
     """Encoder, projector, and the loss on them, in two halves.
 
-    `embed` holds every parameter and treats each sample by itself (but for batch statistics), so that it may be called
-    for one micro-batch after the other; `loss` has no parameters and sees the whole rank batch. The loss of a rank is the
-    mean over the rank's own anchors, and what it gathers from other ranks carries gradient, so that DDP's average over
-    ranks is the gradient of the global batch.
+    `embed` and `targets` hold every parameter and treat each sample by itself (but for batch statistics), so that they may
+    be called for one micro-batch after the other; `loss` has no parameters and sees the whole rank batch. The loss of a
+    rank is the mean over the rank's own anchors, and what it gathers from other ranks carries gradient, so that DDP's
+    average over ranks is the gradient of the global batch.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
@@ -50,10 +50,19 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, batch: Batch) -> Embeddings:
-        """What the loss needs of these samples, among it `z`: the student's embeddings [V, B, ...], for the report.
+        """What the loss needs of these samples and gradient flows through, and `z`, the student's embeddings [V, B, ...], for
+        the report. What of it must not receive gradient is detached.
 
-        Whatever must not receive gradient is detached here.
+        May be called twice for the same samples in a step (gradient caching), with the same outcome.
         """
+
+    def targets(self, batch: Batch) -> Embeddings:
+        """What else the loss needs of these samples, without gradient: what a teacher makes of them. Called once a step."""
+        return {}
+
+    def embed_all(self, batch: Batch) -> Embeddings:
+        """Embeddings and targets."""
+        return {**self.embed(batch), **self.targets(batch)}
 
     @abstractmethod
     def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
@@ -75,7 +84,7 @@ class Method(nn.Module, ABC):
 
     def forward(self, batch: Batch) -> tuple[Losses, Report]:
         """Losses and report of one rank batch, all of it in one pass."""
-        embeddings = self.embed(batch)
+        embeddings = self.embed_all(batch)
         return self.loss(embeddings, batch), self.report(embeddings, batch)
 
     def after_step(self, progress: float, embeddings: Embeddings) -> None:
@@ -83,6 +92,11 @@ class Method(nn.Module, ABC):
 
         `progress` runs from 0 to 1 over the run; `embeddings` are the update's own, detached, of the whole rank batch.
         """
+
+    @property
+    def student(self) -> nn.Sequential:
+        """Encoder and projector, as a teacher follows them."""
+        return nn.Sequential(self.encoder, self.projector)
 
     def project(self, batch: Batch) -> Tensor:
         """Embeddings [V, B, E] in float32, not normalized: all views in one forward pass through encoder and projector."""

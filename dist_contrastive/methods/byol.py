@@ -1,16 +1,15 @@
 """BYOL (Grill et al. 2020, "Bootstrap your own latent: a new approach to self-supervised learning")."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
-from torch import nn
 
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, require
 from dist_contrastive.losses.regression import cross_view_cosine
 from dist_contrastive.methods.base import Embeddings, Losses, Method
-from dist_contrastive.models.heads import build_head
+from dist_contrastive.models.heads import build_predictor
 from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.schedules import ema_momentum
 
@@ -40,19 +39,20 @@ class BYOL(Method):
     def __init__(self, config: BYOLConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
         super().__init__(config, encoder, image_size=image_size, seed=seed)
         self.momentum = config.momentum
-        size = config.projector.output_size
-        self.predictor = build_head(replace(config.predictor, output_size=size), size, encoder.norm)
-        self.teacher = Teacher(nn.Sequential(self.encoder, self.projector))
+        self.predictor = build_predictor(config.predictor, config.projector.output_size, encoder.norm)
+        self.teacher = Teacher(self.student)
 
     def embed(self, batch: Batch) -> Embeddings:
         z = self.project(batch)
         predictions = self.predictor(z.flatten(0, 1)).float().view_as(z)
-        targets = self.teacher(batch.views.flatten(0, 1)).float().view_as(z)
-        return {"z": z.detach(), "q": predictions, "k": targets}
+        return {"z": z.detach(), "q": predictions}
+
+    def targets(self, batch: Batch) -> Embeddings:
+        return {"k": self.teacher(batch.views.flatten(0, 1)).float().unflatten(0, batch.views.shape[:2])}
 
     def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
         # Equation 2 summed over both directions: two ordered pairs of views, each 2 - 2 cos.
         return {"loss": 2 * (2 - 2 * cross_view_cosine(embeddings["q"], embeddings["k"]))}
 
     def after_step(self, progress: float, embeddings: Embeddings) -> None:
-        self.teacher.follow(nn.Sequential(self.encoder, self.projector), ema_momentum(progress, self.momentum))
+        self.teacher.follow(self.student, ema_momentum(progress, self.momentum))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dist_contrastive import distributed
@@ -68,13 +68,13 @@ class MoCo(Method):
         super().__init__(config, encoder, image_size=image_size, seed=seed)
         self.config = config
         self.norm_groups = 1 if encoder.norm == "group" else config.norm_groups
-        self.teacher = Teacher(nn.Sequential(self.encoder, self.projector))
+        self.teacher = Teacher(self.student)
         rows = F.normalize(torch.randn(config.queue, config.projector.output_size), dim=1)
         self.register_buffer("queue", rows)
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
 
     def embed(self, batch: Batch) -> Embeddings:
-        """Queries and keys, each normalized by BatchNorm in groups of its own samples.
+        """Queries, normalized by BatchNorm in groups of their own samples.
 
         Statistics over the whole batch would betray which key belongs to a query: both would be normalized by the same
         samples, unlike the keys in the queue. So both are embedded in groups, as on several GPUs, and the groups of the
@@ -84,11 +84,15 @@ class MoCo(Method):
         queries = batch.view(QUERY)
         query = torch.cat([self.project(queries.samples(group)) for group in self._groups(batch)], dim=1)
         query = F.normalize(query, dim=-1)
+        return {"z": query.detach(), "q": query}
+
+    def targets(self, batch: Batch) -> Embeddings:
+        """Keys, in groups of other samples than the queries'."""
         order = fold(sample_keys(self.seed, batch.epoch, batch.indices, KEY), int(Stream.SHUFFLE)).argsort()
         images = batch.views[KEY][order]
         shuffled = torch.cat([self.teacher(images[group]).float() for group in self._groups(batch)])
         key = F.normalize(torch.empty_like(shuffled).index_copy_(0, order, shuffled), dim=-1)
-        return {"z": query.detach(), "q": query, "k": key[None]}
+        return {"k": key[None]}
 
     def _groups(self, batch: Batch) -> list[slice]:
         """Slices over the samples: `norm_groups` of them, or fewer, so that each has at least two."""
@@ -104,7 +108,7 @@ class MoCo(Method):
         return {**super().report(embeddings, batch), "positive_cosine": positive_cosine(pair)}
 
     def after_step(self, progress: float, embeddings: Embeddings) -> None:
-        self.teacher.follow(nn.Sequential(self.encoder, self.projector), self.config.momentum)
+        self.teacher.follow(self.student, self.config.momentum)
         keys = distributed.all_gather_rows(embeddings["k"][0])
         start = int(self.queue_pointer)
         self.queue[start : start + len(keys)] = keys

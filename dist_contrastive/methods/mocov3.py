@@ -1,11 +1,10 @@
 """MoCo v3 (Chen, Xie and He 2021, "An empirical study of training self-supervised vision transformers")."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import torch
 import tyro
-from torch import nn
 from torch.nn import functional as F
 
 from dist_contrastive import distributed
@@ -13,7 +12,7 @@ from dist_contrastive.batch import Batch
 from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, require
 from dist_contrastive.losses.infonce import indexed_nce
 from dist_contrastive.methods.base import Embeddings, Losses, Method
-from dist_contrastive.models.heads import build_head
+from dist_contrastive.models.heads import build_predictor
 from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.schedules import ema_momentum
 
@@ -48,15 +47,17 @@ class MoCoV3(Method):
     def __init__(self, config: MoCoV3Config, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
         super().__init__(config, encoder, image_size=image_size, seed=seed)
         self.config = config
-        size = config.projector.output_size
-        self.predictor = build_head(replace(config.predictor, output_size=size), size, encoder.norm)
-        self.teacher = Teacher(nn.Sequential(self.encoder, self.projector))
+        self.predictor = build_predictor(config.predictor, config.projector.output_size, encoder.norm)
+        self.teacher = Teacher(self.student)
 
     def embed(self, batch: Batch) -> Embeddings:
         z = self.project(batch)
         queries = F.normalize(self.predictor(z.flatten(0, 1)).float().view_as(z), dim=-1)
-        keys = F.normalize(self.teacher(batch.views.flatten(0, 1)).float().view_as(z), dim=-1)
-        return {"z": z.detach(), "q": queries, "k": keys}
+        return {"z": z.detach(), "q": queries}
+
+    def targets(self, batch: Batch) -> Embeddings:
+        keys = F.normalize(self.teacher(batch.views.flatten(0, 1)).float(), dim=-1)
+        return {"k": keys.unflatten(0, batch.views.shape[:2])}
 
     def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
         queries, keys = embeddings["q"], embeddings["k"]
@@ -71,4 +72,4 @@ class MoCoV3(Method):
 
     def after_step(self, progress: float, embeddings: Embeddings) -> None:
         momentum = ema_momentum(progress, self.config.momentum)
-        self.teacher.follow(nn.Sequential(self.encoder, self.projector), momentum)
+        self.teacher.follow(self.student, momentum)

@@ -1,6 +1,6 @@
 """SimSiam (Chen and He 2021, "Exploring simple Siamese representation learning")."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
@@ -9,7 +9,7 @@ from dist_contrastive.batch import Batch
 from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig
 from dist_contrastive.losses.regression import cross_view_cosine
 from dist_contrastive.methods.base import Embeddings, Losses, Method
-from dist_contrastive.models.heads import build_head
+from dist_contrastive.models.heads import build_predictor
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class SimSiam(Method):
 
     def __init__(self, config: SimSiamConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
         super().__init__(config, encoder, image_size=image_size, seed=seed)
-        size = config.projector.output_size
-        self.predictor = build_head(replace(config.predictor, output_size=size), size, encoder.norm)
+        self.predictor = build_predictor(config.predictor, config.projector.output_size, encoder.norm)
 
     def embed(self, batch: Batch) -> Embeddings:
         z = self.project(batch)

@@ -1,6 +1,7 @@
 """Heads between the feature and the loss."""
 
 import itertools
+from dataclasses import replace
 from typing import Literal
 
 from jaxtyping import Float, Int
@@ -42,6 +43,11 @@ def build_head(config: HeadConfig, input_size: int, norm: Literal["batch", "sync
     if config.output_norm:
         modules.append(_norm(norm, config.output_size, affine=False))
     return nn.Sequential(*modules)
+
+
+def build_predictor(config: HeadConfig, size: int, norm: Literal["batch", "sync", "group"]) -> nn.Sequential:
+    """A head from embeddings [N, size] to predictions of embeddings, of the same size; `config.output_size` does not count."""
+    return build_head(replace(config, output_size=size), size, norm)
 
 
 def _norm(norm: Literal["batch", "sync", "group"], size: int, *, affine: bool = True) -> nn.Module:
