@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,8 +44,6 @@ class Command:
 def plan(name: str, command: Command) -> dict[str, Any]:
     """Predicted memory of one recipe, in GiB."""
     config = RECIPES[name]()
-    if config.encoder.norm == "sync":  # takes no CPU tensor; what it holds is the same
-        config = replace(config, encoder=replace(config.encoder, norm="batch"))
     accelerator = Accelerator(cpu=True, mixed_precision="no" if command.precision == "fp32" else "bf16")
     trainer = Trainer(config, accelerator, steps_per_epoch=1, dataset_sha256="")
     rank_batch = config.batch.size // command.ranks
@@ -53,6 +51,7 @@ def plan(name: str, command: Command) -> dict[str, Any]:
     held = sum(t.numel() * t.element_size() for t in trainer.method.state_dict().values())
     usable = USABLE * (command.memory_gib * 1e9 - held - CONTEXT_GIB * GIB)
     micro = memory.largest(usable, rank_batch)
+    micros = sorted({min(m, rank_batch) for m in (*command.micros, rank_batch)})
     return {
         "recipe": name,
         "rank_batch": rank_batch,
@@ -63,7 +62,7 @@ def plan(name: str, command: Command) -> dict[str, Any]:
         "usable_gib": usable / GIB,
         "micro": micro,
         "peak_gib": memory.peak(micro, rank_batch) / GIB if micro else None,
-        "peaks_gib": {m: memory.peak(min(m, rank_batch), rank_batch) / GIB for m in (*command.micros, rank_batch)},
+        "peaks_gib": {m: memory.peak(m, rank_batch) / GIB for m in micros},
     }
 
 
