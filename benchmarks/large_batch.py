@@ -1,4 +1,4 @@
-"""`python -m benchmarks.large_batch`: what does gradient caching cost in memory and time?
+"""`python -m benchmarks.large_batch [RECIPE ...]`: what does gradient caching cost in memory and time?
 
 A step at the full global batch in micro-batches, beside a plain step at the micro-batch's size: the most memory that each
 holds at once, resident (each in a fresh process) and in tensors, and the time an image takes, in turns within one process.
@@ -14,9 +14,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 from accelerate import Accelerator
 
 from dist_contrastive import cli
@@ -32,12 +33,12 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Command:
-    recipe: str = "photos"
+    recipes: Annotated[tuple[str, ...], tyro.conf.Positional] = ("cifar10_cpu", "photos", "photos_mocov3")
     size: int = 4096
     """Global batch."""
     micro: int = 128
     rounds: int = 3
-    """How often the two are timed in turns."""
+    """How often the two are measured in turns."""
     out: Path = Path("large_batch.json")
 
 
@@ -69,9 +70,9 @@ def memory(recipe: str, size: int, micro: int) -> dict[str, float]:
     return {"resident_mib": resident / MIB, "tensors_mib": tensors.peak / MIB, "embeddings_mib": embedding / MIB}
 
 
-def timed(command: Command) -> dict[str, list[float]]:
+def timed(recipe: str, command: Command) -> dict[str, list[float]]:
     """Milliseconds an image takes, in plain steps at the micro-batch's size and in cached steps, round by round."""
-    trainer, batch = trainer_and_batch(command.recipe, command.size, command.micro)
+    trainer, batch = trainer_and_batch(recipe, command.size, command.micro)
     times: dict[str, list[float]] = {"plain": [], "cached": []}
     for _ in range(command.rounds):
         for name, parts in (("plain", command.size // command.micro), ("cached", 1)):
@@ -84,46 +85,71 @@ def timed(command: Command) -> dict[str, list[float]]:
     return times
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    command = cli.parse(Command, argv, prog=PROG)
-    require(command.recipe in RECIPES, f"unknown recipe {command.recipe}{cli.nearest(command.recipe, RECIPES)}")
-    require(command.size % command.micro == 0, f"--micro {command.micro}: give a divisor of --size {command.size}")
+def compare(recipe: str, command: Command) -> dict[str, Any]:
+    """Everything about one recipe; memory as often as time."""
     context = multiprocessing.get_context("spawn")
+    sizes = {"plain": command.micro, "cached": command.size}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in sizes}
     with context.Pool(1, maxtasksperchild=1) as pool:
-        plain, cached = (
-            pool.apply(memory, (command.recipe, size, command.micro)) for size in (command.micro, command.size)
-        )
-    times = timed(command)
-    allowed = {kind: plain[kind] + cached["embeddings_mib"] for kind in ("resident_mib", "tensors_mib")}
-    ratios = [c / p for c, p in zip(times["cached"], times["plain"], strict=True)]
-    result: dict[str, Any] = {
-        "recipe": command.recipe,
+        for _ in range(command.rounds):
+            for name, size in sizes.items():
+                runs[name].append(pool.apply(memory, (recipe, size, command.micro)))
+    times = timed(recipe, command)
+    ratios: dict[str, list[float]] = {
+        kind: [c[kind] / (p[kind] + c["embeddings_mib"]) for c, p in zip(runs["cached"], runs["plain"], strict=True)]
+        for kind in ("resident_mib", "tensors_mib")
+    }
+    ratios["time"] = [c / p for c, p in zip(times["cached"], times["plain"], strict=True)]
+    return {
+        "recipe": recipe,
         "size": command.size,
         "micro": command.micro,
-        "plain": plain,
-        "cached": cached,
-        "memory_ratio": {kind: cached[kind] / allowed[kind] for kind in allowed},
+        "memory": runs,
         "ms_an_image": times,
-        "time_ratio": ratios,
+        "ratios": ratios,
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    def of(name: str, kind: str) -> float:
+        return statistics.median(run[kind] for run in result["memory"][name])
+
+    def spread(kind: str) -> str:
+        values = result["ratios"][kind]
+        return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+    times = {name: statistics.median(values) for name, values in result["ms_an_image"].items()}
+    return (
+        f"{result['recipe']}, medians of {len(result['ratios']['time'])} rounds\n"
+        f"  plain step at {result['micro']}: {of('plain', 'resident_mib'):.0f} MiB resident, {of('plain', 'tensors_mib'):.0f} in "
+        f"tensors, {times['plain']:.2f} ms an image\n"
+        f"  cached step at {result['size']} in micro-batches of {result['micro']}: {of('cached', 'resident_mib'):.0f} MiB resident, "
+        f"{of('cached', 'tensors_mib'):.0f} in tensors, of which embeddings {of('cached', 'embeddings_mib'):.0f}; "
+        f"{times['cached']:.2f} ms an image\n"
+        f"  cached / (plain + embeddings): {spread('resident_mib')} resident, {spread('tensors_mib')} in tensors\n"
+        f"  time an image, cached / plain: {spread('time')}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command = cli.parse(Command, argv, prog=PROG)
+    for recipe in command.recipes:
+        require(
+            recipe in RECIPES, f"unknown recipe {recipe}{cli.nearest(recipe, RECIPES)}; recipes: {', '.join(RECIPES)}"
+        )
+    require(command.size % command.micro == 0, f"--micro {command.micro}: give a divisor of --size {command.size}")
+    load_average = os.getloadavg()[0]
+    results = []
+    for recipe in command.recipes:
+        results.append(compare(recipe, command))
+        print(describe(results[-1]), flush=True)
+    machine = {
         "cpu": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "torch": torch.__version__,
-        "load_average_1min": os.getloadavg()[0],
+        "load_average_1min_before": load_average,
     }
-    command.out.write_text(json.dumps(result, indent=1))
-    print(
-        f"plain step at {command.micro}: {plain['resident_mib']:.0f} MiB resident, {plain['tensors_mib']:.0f} in tensors"
-    )
-    print(
-        f"cached step at {command.size} in micro-batches of {command.micro}: {cached['resident_mib']:.0f} MiB resident, "
-        f"{cached['tensors_mib']:.0f} in tensors, of which embeddings {cached['embeddings_mib']:.0f}"
-    )
-    for kind, ratio in result["memory_ratio"].items():
-        print(f"cached / (plain + embeddings), {kind.removesuffix('_mib')}: {ratio:.2f}")
-    print(
-        f"time an image: plain {statistics.median(times['plain']):.2f} ms, cached {statistics.median(times['cached']):.2f} ms; "
-        f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    )
+    command.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -168,6 +168,8 @@ class LargeBatch:
 
         first = self._attempt(first_pass)
         embeddings = concatenate(first)
+        if not single:
+            first.clear()
         leaves = {name: value.requires_grad_() for name, value in embeddings.items()}
         losses = self._attempt(lambda: self._loss_gradient(leaves, whole))
         embeddings = {name: value.detach() for name, value in leaves.items()}

@@ -1,13 +1,14 @@
 """InfoNCE losses: each anchor picks its positives out among everything it is compared with.
 
-All of them are float32 scalars, means over this rank's anchors, computed a block of anchors at a time (`blocks`).
+All of them are float32 scalars, means over this rank's anchors, computed a block of anchors at a time (`blocks`). Each block's
+gradient is written by hand and in place: it is the softmax over what an anchor is compared with, less its positives.
 """
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dist_contrastive.losses.blocks import mean_over_anchors, samples_of_rows
+from dist_contrastive.losses.blocks import mean_over_anchors, of_products, softmax_
 
 
 def nt_xent(
@@ -33,8 +34,24 @@ def nt_xent(
         temperature: divides the cosine similarities.
         decoupled: leave the positives out of the denominator (DCL, Yeh et al. 2022, equation 6).
     """
-    samples = samples_of_rows(len(everyone), len(anchors), num_views, everyone.device)
-    return _pick_out(anchors, everyone, samples, offset=offset, temperature=temperature, decoupled=decoupled)
+    batch_size = len(anchors) // num_views
+    has_negative = len(everyone) > num_views
+
+    def loss(logits: Tensor, rows: slice) -> Tensor:
+        row = torch.arange(rows.start, rows.stop, device=logits.device)[:, None]
+        views = torch.arange(1, num_views, device=logits.device)
+        positives = offset + (row + views * batch_size) % len(anchors)
+        pulled = logits.gather(1, positives).mean(1)
+        logits.scatter_(1, offset + row, -torch.inf)
+        if decoupled:
+            logits.scatter_(1, positives, -torch.inf)
+            if not has_negative:
+                return logits.zero_().sum()
+        pushed = softmax_(logits)
+        logits.scatter_add_(1, positives, logits.new_full(positives.shape, -1 / (num_views - 1)))
+        return (pushed - pulled).sum()
+
+    return mean_over_anchors(of_products(loss, 1 / temperature), anchors, everyone)
 
 
 def supervised(
@@ -56,28 +73,25 @@ def supervised(
         temperature: divides the cosine similarities.
         decoupled: leave the positives out of the denominator; an anchor without any negative then counts as 0.
     """
-    return _pick_out(anchors, everyone, labels, offset=offset, temperature=temperature, decoupled=decoupled)
 
-
-def _pick_out(
-    anchors: Tensor, everyone: Tensor, groups: Tensor, *, offset: int, temperature: float, decoupled: bool
-) -> Tensor:
-    """The mean over anchors of log Σ_a exp(s_a / T) - mean over positives of s_p / T, where positives share a group."""
-
-    def block_sum(block: Tensor, others: Tensor, rows: slice) -> Tensor:
-        logits = block @ others.T / temperature
-        own = torch.arange(offset + rows.start, offset + rows.stop, device=block.device)[:, None]
-        positive = (groups[own] == groups).scatter_(1, own, value=False)
-        pulled = logits.where(positive, 0.0).sum(1) / positive.sum(1)
-        left_out = torch.zeros_like(positive).scatter_(1, own, value=True)
+    def loss(logits: Tensor, rows: slice) -> Tensor:
+        own = torch.arange(offset + rows.start, offset + rows.stop, device=logits.device)[:, None]
+        positive = (labels[own] == labels).scatter_(1, own, value=False)
+        num_positives = positive.sum(1, keepdim=True)
+        share = positive / num_positives
+        pulled = (logits * share).sum(1)
+        logits.scatter_(1, own, -torch.inf)
         if not decoupled:
-            return (logits.masked_fill(left_out, -torch.inf).logsumexp(1) - pulled).sum()
+            pushed = softmax_(logits)
+            logits.sub_(share)
+            return (pushed - pulled).sum()
         # An anchor without negatives has an empty sum, whose gradient is no number: keep it out of the result.
-        has_negative = positive.sum(1) < len(others) - 1
-        left_out |= positive & has_negative[:, None]
-        return (logits.masked_fill(left_out, -torch.inf).logsumexp(1) - pulled).where(has_negative, 0.0).sum()
+        has_negative = num_positives < len(labels) - 1
+        pushed = softmax_(logits.masked_fill_(positive & has_negative, -torch.inf))
+        logits.sub_(share).mul_(has_negative)
+        return (pushed - pulled).where(has_negative.squeeze(1), 0.0).sum()
 
-    return mean_over_anchors(block_sum, anchors, everyone)
+    return mean_over_anchors(of_products(loss, 1 / temperature), anchors, everyone)
 
 
 def queue_nce(
@@ -93,12 +107,21 @@ def queue_nce(
     """
     keys = keys.detach().float()
 
-    def block_sum(block: Tensor, others: Tensor, rows: slice) -> Tensor:
-        positives = (block * keys[rows]).sum(1) / temperature
-        negatives = (block @ others.T / temperature).logsumexp(1)
-        return (torch.logaddexp(positives, negatives) - positives).sum()
+    def accumulate(
+        block: Tensor, others: Tensor, rows: slice, of_block: Tensor | None, of_others: Tensor | None
+    ) -> Tensor:
+        positive = (block * keys[rows]).sum(1) / temperature
+        logits = (block / temperature) @ others.T
+        negative = softmax_(logits)
+        both = torch.logaddexp(positive, negative)
+        if of_block is not None:
+            # The softmax over the queue and the key: each part's weight is its share of the whole sum.
+            logits.mul_((negative - both).exp_()[:, None])
+            of_block.addmm_(logits, others, alpha=1 / temperature)
+            of_block.addcmul_((positive - both).expm1_()[:, None], keys[rows], value=1 / temperature)
+        return (both - positive).sum()
 
-    return mean_over_anchors(block_sum, queries, queue.detach())
+    return mean_over_anchors(accumulate, queries, queue.detach())
 
 
 def indexed_nce(
@@ -115,8 +138,11 @@ def indexed_nce(
         temperature: divides the inner products.
     """
 
-    def block_sum(block: Tensor, others: Tensor, rows: slice) -> Tensor:
-        logits = block @ others.T / temperature
-        return (logits.logsumexp(1) - logits.gather(1, positives[rows, None]).squeeze(1)).sum()
+    def loss(logits: Tensor, rows: slice) -> Tensor:
+        own = positives[rows, None]
+        pulled = logits.gather(1, own).squeeze(1)
+        pushed = softmax_(logits)
+        logits.scatter_add_(1, own, logits.new_full(own.shape, -1.0))
+        return (pushed - pulled).sum()
 
-    return mean_over_anchors(block_sum, anchors, candidates)
+    return mean_over_anchors(of_products(loss, 1 / temperature), anchors, candidates)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dist_contrastive.losses.blocks import mean_over_anchors, samples_of_rows
+from dist_contrastive.losses.blocks import by_autograd, mean_over_anchors, samples_of_rows
 
 
 def margin_loss(
@@ -52,7 +52,7 @@ def margin_loss(
             push = 0.5 * _hinge(distance, margin, hinge).where(~same, 0.0).sum(1) / (len(others) - num_views)
         return (pull + push).sum()
 
-    return mean_over_anchors(block_sum, anchors, everyone)
+    return mean_over_anchors(by_autograd(block_sum), anchors, everyone)
 
 
 def _hinge(distance: Tensor, margin: float, hinge: Literal["squared", "linear"]) -> Tensor:
