@@ -88,7 +88,7 @@ def cifar10_simclr_4096_t4() -> TrainConfig:
 
     Command:  accelerate launch --config_file launch_configs/t4.yaml -m dist_contrastive.train cifar10_simclr_4096_t4
     Cost:     100 epochs of ResNet-18, encoded twice forward; time not measured. Memory at fp16 as the plan predicts it for 16 GB:
-              12.9 GiB a step with micro-batches of 3,128 or fewer, 2.2 GiB with 512, 17.0 GiB without
+              12.9 GiB a step with micro-batches of 3,128 or fewer, 2.2 GiB with 512, 16.9 GiB without
               (benchmarks/records/2026-11-24_2cpu_memory).
     Score:    not measured. As cifar10_simclr_4096, but for a ResNet-18: SimCLR's figure B.7 is of a ResNet-50.
     Source:   cifar10_simclr_4096; gradient caching from Gao et al. 2021. BatchNorm sees one micro-batch at a time.
