@@ -111,8 +111,10 @@ class _Attempt:
 
     def _exchange(self, *, failed: bool = False, asks: bool = False, payload: Tensor | None = None) -> Tensor:
         message = torch.zeros(world_size() + 1 + self._room, device=self._device, dtype=torch.float64)
-        message[rank()] = float(failed)
-        message[world_size()] = float(asks)
+        if failed:
+            message[rank()] = 1.0
+        if asks:
+            message[world_size()] = 1.0
         if payload is not None:
             message[world_size() + 1 : world_size() + 1 + len(payload)] = payload
         if world_size() > 1:

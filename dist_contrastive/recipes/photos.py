@@ -36,8 +36,8 @@ def photos() -> TrainConfig:
     """SimCLR on 32×32 patches of 19 photographs: the demonstration.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos
-    Cost:     14 epochs on two CPU cores; 141 s with packing and report, measured.
-    Score:    linear 0.754, kNN 0.672 measured, beside raw pixels 0.414 and 0.254 and the untrained encoder 0.479 and 0.267
+    Cost:     14 epochs on two CPU cores; 138 s with packing and report, measured.
+    Score:    linear 0.769, kNN 0.684 measured, beside raw pixels 0.414 and 0.254 and the untrained encoder 0.479 and 0.267
               (benchmarks/records/2026-11-24_2cpu_demo).
     Source:   SimCLR with weak colour jitter, as these photographs differ by colour and brightness, and a stem of stride 4,
               with which the time holds five times the steps. How earlier settings compared: 2026-11-24_2cpu_photos.
