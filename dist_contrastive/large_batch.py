@@ -62,7 +62,7 @@ class _Embedder(nn.Module):
         super().__init__()
         self.method = method
 
-    def forward(self, batch: Batch | None, targets: bool) -> Embeddings:
+    def forward(self, batch: Batch | None, targets: bool = False) -> Embeddings:
         """A batch's embeddings, with its targets or without; without a batch, a zero that depends on each trained parameter."""
         if batch is not None:
             return self.method.embed_all(batch) if targets else self.method.embed(batch)
@@ -263,7 +263,7 @@ class LargeBatch:
         DDP averages in a backward pass that it has prepared; this one adds nothing to the gradients that are there.
         """
         if distributed.world_size() > 1:
-            self._ddp(None, False)["zero"].backward()
+            self._ddp(None)["zero"].backward()
 
     def _statistics(self) -> Iterator[Tensor]:
         """Running statistics of all BatchNorm layers."""

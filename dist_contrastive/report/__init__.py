@@ -1,0 +1,54 @@
+"""A run's report: pictures in `plots/` and one page, `report.html`, that needs nothing else.
+
+The page is for somebody who did not watch the run: the scores beside their baselines on top, then the pictures, each
+with what to look for and how a failure would look, then the configuration and the machine. Whatever the run lacks (it
+had no probe, it logged one line) leaves its section out and the page says so.
+
+Figures are made without pyplot, so nothing of matplotlib's global state is left behind.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dist_contrastive.atomic import write_atomic
+from dist_contrastive.report.curves import learning_rate, loss, positive_cosine, probe, throughput
+from dist_contrastive.report.embedding import embedding_map, spectrum
+from dist_contrastive.report.images import neighbours, views
+from dist_contrastive.report.inputs import RunReport, Section
+from dist_contrastive.report.page import build_page
+from dist_contrastive.report.style import STYLE
+
+__all__ = ["PLOT_NAMES", "RunReport", "write_report"]
+
+PLOT_NAMES = (
+    "probe", "loss", "positive_cosine", "learning_rate", "throughput", "spectrum", "map", "neighbours", "views",
+)  # fmt: skip
+SECTIONS: tuple[Callable[[RunReport], tuple[Section, Figure | None]], ...] = (
+    probe, loss, positive_cosine, embedding_map, neighbours, spectrum, views, learning_rate, throughput,
+)  # fmt: skip
+
+
+def write_report(inputs: RunReport) -> Path:
+    """Write `plots/*.png` and `report.html` into the run's folder and return the page's path.
+
+    Pictures of an earlier report go first, so that what lies in `plots/` belongs to this page. Takes about 10 s on two
+    cores, of which the map takes a third.
+    """
+    plots = inputs.run_dir / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    for name in PLOT_NAMES:
+        (plots / f"{name}.png").unlink(missing_ok=True)
+    sections = []
+    with matplotlib.rc_context(STYLE):
+        for draw in SECTIONS:
+            section, figure = draw(inputs)
+            if figure is not None:
+                FigureCanvasAgg(figure).print_figure(plots / f"{section.name}.png")
+            sections.append(section)
+    page = inputs.run_dir / "report.html"
+    write_atomic(page, build_page(inputs, sections, plots).encode())
+    return page

@@ -1,0 +1,108 @@
+"""Pictures of images: nearest neighbours and augmented views."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from dist_contrastive.report.inputs import RunReport, Section, class_name, shorten, unit_rows
+from dist_contrastive.report.style import GREEN, INK, VERMILION, WIDTH
+
+NUM_QUERIES, NUM_NEIGHBOURS, MAX_VIEW_SAMPLES = 8, 8, 8
+
+
+def _as_rgb(images: np.ndarray) -> np.ndarray:
+    """uint8 [..., S, S, 3], from images of this kind or grey ones ([..., S, S, 1])."""
+    return np.broadcast_to(images, (*images.shape[:-1], 3)) if images.shape[-1] == 1 else images
+
+
+def _tile(
+    ax: Axes, image: np.ndarray, column: float, row: float, *, frame: str = "", text: str = "", color: str = INK
+) -> None:
+    """Draw one image as the unit square at (column, row), rows counted downwards, with a frame and a line of text below."""
+    smooth = "antialiased" if image.shape[0] >= 96 else "nearest"
+    ax.imshow(image, extent=(column, column + 1, row + 1, row), interpolation=smooth)
+    if frame:
+        ax.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=frame, linewidth=3, clip_on=False))
+    if text:
+        ax.text(column + 0.5, row + 1.05, text, ha="center", va="top", fontsize=7.5, color=color)
+
+
+def _tile_figure(columns: float, rows: float) -> tuple[Figure, Axes]:
+    """A figure whose axes hold square tiles, one unit each, and which is as wide as the others."""
+    figure = Figure(figsize=(WIDTH, max(1.0, WIDTH * rows / columns)))
+    figure.set_layout_engine("none")
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set_axis_off()
+    return figure, ax
+
+
+def neighbours(inputs: RunReport) -> tuple[Section, Figure | None]:
+    title = "Test images and their nearest neighbours"
+    features, labels, thumbnails = inputs.features, inputs.labels, inputs.thumbnails
+    if features is None or labels is None or thumbnails is None or len(features) < 2:
+        return Section(
+            "neighbours", title, missing="there are no features and images of at least two test images"
+        ), None
+    labels = np.asarray(labels)
+    images = _as_rgb(thumbnails if thumbnails.ndim == 4 else thumbnails[..., None])
+    order = np.random.default_rng(1).permutation(len(labels))
+    first_of_class = np.sort(np.unique(labels[order], return_index=True)[1])
+    queries = np.concatenate([order[first_of_class], np.delete(order, first_of_class)])[:NUM_QUERIES]
+    unit = np.nan_to_num(unit_rows(features))
+    similarity = unit[queries] @ unit.T
+    similarity[np.arange(len(queries)), queries] = -np.inf
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, : min(NUM_NEIGHBOURS, len(unit) - 1)]
+    pitch, left = 1.28, 0.25
+    columns = left + 1.3 + NUM_NEIGHBOURS * 1.08 + 0.1
+    figure, ax = _tile_figure(columns, len(queries) * pitch + 0.45)
+    ax.set_xlim(0, columns)
+    ax.set_ylim(len(queries) * pitch, -0.45)
+    ax.text(left, -0.15, "test image", fontweight="bold")
+    ax.text(left + 1.3, -0.15, "its neighbours, nearest first", fontweight="bold")
+    for row, (query, found) in enumerate(zip(queries, nearest, strict=True)):
+        _tile(ax, images[query], left, row * pitch, text=shorten(class_name(inputs, int(labels[query])), 13))
+        for column, neighbour in enumerate(found):
+            right = labels[neighbour] == labels[query]
+            color = GREEN if right else VERMILION
+            name = shorten(class_name(inputs, int(labels[neighbour])), 11)
+            _tile(
+                ax, images[neighbour], left + 1.3 + 1.08 * column, row * pitch, frame=color, color=color,
+                text=f"{'✓' if right else '✗'} {name}",
+            )  # fmt: skip
+    hits = labels[nearest] == labels[queries][:, None]
+    return Section(
+        "neighbours",
+        title,
+        f"{len(queries)} test images drawn at random, of different classes as far as there are, each with the test images "
+        "whose features are most similar to its own (cosine). Green and ✓: the same class; red and ✗: another. "
+        f"{100 * hits.mean():.0f} % of those shown are right. Red ones that look alike (colour, texture) are honest "
+        "confusions; red ones that look like nothing of the kind say that the features miss the content.",
+    ), figure
+
+
+def views(inputs: RunReport) -> tuple[Section, Figure | None]:
+    title = "What the encoder is trained on: augmented views"
+    if inputs.views is None or inputs.originals is None or len(inputs.views) == 0:
+        return Section("views", title, missing="there are no example views"), None
+    views, originals = _as_rgb(inputs.views), _as_rgb(inputs.originals)
+    samples, num_views = min(MAX_VIEW_SAMPLES, len(views)), views.shape[1]
+    pitch, left = 1.08, 0.95
+    columns = left + MAX_VIEW_SAMPLES * pitch + 0.1
+    rows = (1 + num_views) * pitch + 0.15
+    figure, ax = _tile_figure(columns, rows)
+    ax.set_xlim(0, columns)
+    ax.set_ylim(rows - 0.05, -0.1)
+    for row in range(1 + num_views):
+        name = "original" if row == 0 else f"view {row}"
+        y = row * pitch + (0.07 if row else 0.0)  # the original stands a little apart
+        ax.text(left - 0.1, y + 0.5, name, ha="right", va="center", fontweight="bold" if row == 0 else "normal")
+        for column in range(samples):
+            _tile(ax, originals[column] if row == 0 else views[column, row - 1], left + column * pitch, y)
+    return Section(
+        "views",
+        title,
+        "The views below one original must get similar embeddings, the views of different originals different ones. You "
+        "should still recognise most views. Views that are all alike make the task trivial; views in which nothing is left "
+        "of the image make it impossible.",
+    ), figure

@@ -1,0 +1,84 @@
+"""What a report is made of, and how its sections read it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a report is made of. N samples of the test split, features of size D, images of side S.
+
+    Everything but `run_dir` may be missing (empty or None): its section is left out then, and the page says so.
+    """
+
+    run_dir: Path
+    """Where `plots/` and `report.html` are written."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The configuration as nested dicts (`config.to_dict`)."""
+    metrics: Sequence[Mapping[str, Any]] = ()
+    """The lines of metrics.jsonl, in order."""
+    probe: Mapping[str, Any] | None = None
+    """What probe.json holds."""
+    class_names: Sequence[str] = ()
+    features: np.ndarray | None = None
+    """Features of test samples, float32 [N, D], of the trained encoder."""
+    labels: np.ndarray | None = None
+    """Their classes, integers [N]."""
+    thumbnails: np.ndarray | None = None
+    """Their images, uint8 [N, S, S, 3]; [N, S, S] and [N, S, S, 1] are taken for grey."""
+    spectrum: np.ndarray | None = None
+    """Eigenvalues of the covariance of the trained encoder's features, [D], descending."""
+    untrained_spectrum: np.ndarray | None = None
+    """The same of the untrained encoder's features."""
+    views: np.ndarray | None = None
+    """Augmented views of n training samples, uint8 [n, V, S, S, 3]."""
+    originals: np.ndarray | None = None
+    """The same samples without augmentation, uint8 [n, S, S, 3]."""
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    """What the run ran on, name -> value, shown in this order. `duration_s` and `images_per_s` also go on top."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the page: a picture with its caption, or the sentence that says why it is missing."""
+
+    name: str
+    title: str
+    caption: str = ""
+    missing: str = ""
+
+
+def series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one metric, float64 each, without the lines that lack it or hold no finite number."""
+    pairs = [
+        (float(line["step"]), float(line[name]))
+        for line in metrics
+        if is_number(line.get("step")) and is_number(line.get(name))
+    ]
+    steps, values = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def unit_rows(features: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1, float32; zero rows stay zero."""
+    rows = np.asarray(features, dtype=np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def class_name(inputs: RunReport, label: int) -> str:
+    return str(inputs.class_names[label]) if 0 <= label < len(inputs.class_names) else f"class {label}"
+
+
+def shorten(text: str, length: int) -> str:
+    """One printable line of at most `length` characters. A dollar sign would start a formula in matplotlib."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split()).replace("$", r"\$")
+    return line if len(line) <= length else line[: length - 1] + "…"

@@ -1,0 +1,221 @@
+"""The page: everything in one HTML file."""
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_contrastive.config import flatten
+from dist_contrastive.report.inputs import RunReport, Section, is_number, series
+
+CSS = """
+:root { color-scheme: light dark; --page: #f5f7fa; --card: #ffffff; --ink: #1f2933; --dim: #52606d; --line: #d9e2ec;
+  --blue: #0067a3; --warn: #fff4e5; --warn-ink: #7a3e00; }
+@media (prefers-color-scheme: dark) { :root { --page: #14181d; --card: #1e242b; --ink: #e4e7eb; --dim: #a3b1bf;
+  --line: #36414d; --blue: #6cb8ee; --warn: #3b2a12; --warn-ink: #f7d19b; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 980px; margin: 0 auto; padding: 28px 20px 60px; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .4rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 0 0 .8rem; }
+p { margin: .5rem 0; }
+section, header { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 22px 24px;
+  margin: 0 0 20px; }
+nav { color: var(--dim); font-size: .9rem; margin-top: 1rem; }
+a { color: var(--blue); }
+figure { margin: 0; }
+figure img { display: block; width: 100%; height: auto; background: #fff; border-radius: 6px; padding: 6px; }
+figcaption { color: var(--dim); margin-top: .8rem; max-width: 76ch; }
+.verdict { font-size: 1.05rem; }
+.dim, .missing { color: var(--dim); }
+.notice { background: var(--warn); color: var(--warn-ink); border-radius: 6px; padding: .6rem .9rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: anywhere; }
+td.value, table.names td:last-child { font-family: ui-monospace, monospace; font-size: .88rem; }
+.scores th, .scores td { text-align: right; padding: 8px 14px; font-variant-numeric: tabular-nums; }
+.scores th:first-child, .scores td:first-child { text-align: left; padding-left: 0; }
+.scores td { font-size: 1.15rem; }
+.scores td:first-child { font-size: 1rem; }
+.scores .own { font-size: 1.7rem; font-weight: 700; color: var(--blue); }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px 20px; margin: 1.2rem 0 0; }
+dt { color: var(--dim); font-size: .85rem; }
+dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; }
+details summary { cursor: pointer; font-weight: 600; font-size: 1.15rem; }
+details table { margin-top: .8rem; }
+@media print { body { background: #fff; font-size: 11pt; } main { max-width: none; padding: 0; } nav { display: none; }
+  section, header { border: 0; padding: 0; break-inside: avoid; } }
+""".strip()
+
+
+def build_page(inputs: RunReport, sections: Sequence[Section], plots: Path) -> str:
+    """The whole page; whatever comes from outside is escaped here and in `_table`."""
+    flat = flatten(inputs.config)
+    name = str(flat.get("recipe") or inputs.run_dir.name)
+    shown = [section for section in sections if not section.missing]
+    left_out = [section for section in sections if section.missing]
+    nav = " · ".join(f'<a href="#{section.name}">{html.escape(section.title)}</a>' for section in shown)
+    body = [
+        f"<header><h1>{html.escape(_headline(flat, name))}</h1>",
+        _summary(inputs, flat),
+        f"<nav>{nav}</nav>" if nav else "",
+        "</header>",
+    ]
+    for section in shown:
+        picture = base64.b64encode((plots / f"{section.name}.png").read_bytes()).decode("ascii")
+        body.append(
+            f'<section id="{section.name}"><h2>{html.escape(section.title)}</h2><figure>'
+            f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{picture}">'
+            f"<figcaption>{html.escape(section.caption)}</figcaption></figure></section>"
+        )
+    if left_out:
+        items = "".join(f"<li>{html.escape(s.title)}: {html.escape(s.missing)}.</li>" for s in left_out)
+        body.append(f'<section class="missing"><h2>Left out</h2><ul>{items}</ul></section>')
+    for title, values in (
+        ("Machine", _with_units(inputs.machine)),
+        ("Protocol of the probe", flatten((inputs.probe or {}).get("protocol") or {})),
+        ("Configuration", flat),
+    ):
+        if values:
+            body.append(f"<section><details open><summary>{title}</summary>{_table(values)}</details></section>")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(name)}: report</title><style>\n{CSS}\n</style></head>\n<body><main>\n"
+        + "\n".join(body)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _headline(flat: Mapping[str, Any], name: str) -> str:
+    method, encoder = flat.get("method.name"), flat.get("encoder.name")
+    return f"{name}: what {method} taught {encoder}" if method and encoder else name
+
+
+def _summary(inputs: RunReport, flat: Mapping[str, Any]) -> str:
+    """The scores beside their baselines in words and as a table, then the run in a few facts."""
+    probe = inputs.probe or {}
+    parts = []
+    linear, raw, init = (probe.get(key) for key in ("linear_top1", "raw_linear_top1", "init_linear_top1"))
+    if is_number(linear) and is_number(raw) and is_number(init):
+        text = (
+            f"A linear classifier on the frozen features gets {_percent(linear)} of the test images right, where raw pixels "
+            f"give {_percent(raw)} and the same network untrained {_percent(init)}."
+        )
+        parts.append(f'<p class="verdict">{html.escape(text)}</p>')
+        if linear <= max(raw, init):
+            parts.append(
+                '<p class="notice">The training did not pay: the features are no better than a baseline. Look at the loss and at '
+                "the agreement of views below for the reason.</p>"
+            )
+    rows = [
+        (label, [probe.get(f"{prefix}{kind}_top1") for prefix in ("", "init_", "raw_")])
+        for label, kind in (("Linear classifier", "linear"), (_knn_label(probe), "knn"))
+    ]
+    rows = [(label, scores) for label, scores in rows if any(is_number(score) for score in scores)]
+    if rows:
+        cells = "".join(
+            f"<tr><td>{html.escape(label)}</td>"
+            + "".join(
+                f"<td{' class=own' if column == 0 else ''}>{_percent(score)}</td>"
+                for column, score in enumerate(scores)
+            )
+            + "</tr>"
+            for label, scores in rows
+        )
+        parts.append(
+            '<div class="scroll"><table class="scores"><thead><tr><th>Test images classified right</th><th>This run</th>'
+            f"<th>Untrained encoder</th><th>Raw pixels</th></tr></thead><tbody>{cells}</tbody></table></div>"
+        )
+        parts.append(_best(probe))
+    else:
+        parts.append('<p class="notice">This run was not probed, so there are no scores.</p>')
+    facts = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in _facts(inputs, flat).items())
+    return "".join(parts) + "<dl>" + facts.replace("<dt>", "<div><dt>").replace("</dd>", "</dd></div>") + "</dl>"
+
+
+def _knn_label(probe: Mapping[str, Any]) -> str:
+    protocol = probe.get("protocol")
+    k = protocol.get("knn_k") if isinstance(protocol, Mapping) else None
+    return f"Nearest neighbours, k = {k}" if k is not None else "Nearest neighbours"
+
+
+def _best(probe: Mapping[str, Any]) -> str:
+    """The best epoch's score, when it is not the last one's: reported beside it, never instead of it."""
+    best = probe.get("best")
+    if (
+        not isinstance(best, Mapping)
+        or not is_number(best.get("linear_top1"))
+        or best.get("epoch") == probe.get("epoch")
+    ):
+        return ""
+    text = f"These are the last epoch's scores. The best linear score was {_percent(best['linear_top1'])}"
+    text += f", after epoch {best['epoch']:g}." if is_number(best.get("epoch")) else "."
+    return f'<p class="dim">{html.escape(text)}</p>'
+
+
+def _facts(inputs: RunReport, flat: Mapping[str, Any]) -> dict[str, str]:
+    """The run in a few words, label -> text, without what is not known."""
+    facts: dict[str, str] = {}
+
+    def add(label: str, value: Any, text: str = "{}") -> None:
+        if value not in (None, ""):
+            facts[label] = text.format(value)
+
+    add("Method", flat.get("method.name"))
+    add("Encoder", flat.get("encoder.name"))
+    add("Dataset", Path(str(flat["data.path"])).name if flat.get("data.path") else None)
+    add("Classes", len(inputs.class_names) or None)
+    add("Epochs", flat.get("epochs"))
+    steps = series(inputs.metrics, "step")[1]
+    add("Steps", int(steps[-1]) if len(steps) else None, "{:,}")
+    add("Global batch", flat.get("batch.size"), "{} images")
+    add("Ranks", inputs.machine.get("ranks"))
+    duration, rate = inputs.machine.get("duration_s"), inputs.machine.get("images_per_s")
+    if not is_number(rate):
+        rates = series(inputs.metrics, "images_per_s")[1]
+        rate = float(np.median(rates)) if len(rates) else None
+    add("Duration", _duration(float(duration)) if is_number(duration) else None)
+    add("Throughput", rate, "{:,.0f} images/s")
+    memory = series(inputs.metrics, "peak_memory_mib")[1]
+    add("Peak memory of a rank", float(memory.max()) if len(memory) else None, "{:,.0f} MiB")
+    return facts
+
+
+def _with_units(machine: Mapping[str, Any]) -> dict[str, Any]:
+    """The machine's values as they are read best; names that are not known stay as they came."""
+    values = dict(machine)
+    if is_number(values.get("duration_s")):
+        values["duration_s"] = _duration(float(values["duration_s"]))
+    return {name.removesuffix("_s") if name == "duration_s" else name: value for name, value in values.items()}
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _percent(score: Any) -> str:
+    return f"{100 * float(score):.1f} %" if is_number(score) else "–"
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    """Names and values, one row each."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:,.4g}" if abs(value) >= 1 else f"{value:.4g}"
+        if isinstance(value, (list, tuple)):
+            return ", ".join(text(item) for item in value)
+        return str(value)
+
+    rows = "".join(
+        f'<tr><td>{html.escape(str(name))}</td><td class="value">{html.escape(text(value))}</td></tr>'
+        for name, value in values.items()
+    )
+    return f'<div class="scroll"><table class="names"><tbody>{rows}</tbody></table></div>'
