@@ -64,6 +64,7 @@ def _baseline(ax: Axes, value: float, text: str, color: str, *, above: bool) -> 
 
 
 def loss(inputs: RunReport) -> tuple[Section, Figure | None]:
+    """The training loss."""
     title = "Loss"
     figure, (ax,) = new_figure(3.2)
     if not _curve(ax, inputs, "loss", BLUE):
@@ -79,6 +80,7 @@ def loss(inputs: RunReport) -> tuple[Section, Figure | None]:
 
 
 def positive_cosine(inputs: RunReport) -> tuple[Section, Figure | None]:
+    """The agreement of views, and the effective rank beside it."""
     title = "Agreement of views, and how many directions the embeddings use"
     figure, (left, right) = new_figure(3.2, columns=2)
     has_cosine = _curve(left, inputs, "positive_cosine", BLUE)
@@ -107,6 +109,7 @@ def positive_cosine(inputs: RunReport) -> tuple[Section, Figure | None]:
 
 
 def learning_rate(inputs: RunReport) -> tuple[Section, Figure | None]:
+    """Learning rate and gradient norm."""
     title = "Learning rate and gradient norm"
     figure, (left, right) = new_figure(3.0, columns=2)
     has_rate = _curve(left, inputs, "learning_rate", BLUE, noisy=False)
@@ -135,6 +138,7 @@ def learning_rate(inputs: RunReport) -> tuple[Section, Figure | None]:
 
 
 def throughput(inputs: RunReport) -> tuple[Section, Figure | None]:
+    """Images a second, and where a step's time goes."""
     title = "Speed"
     figure, (left, right) = new_figure(3.0, columns=2)
     has_rate = _curve(left, inputs, "images_per_s", GREEN)
@@ -172,6 +176,7 @@ def _headroom(ax: Axes) -> float:
 
 
 def probe(inputs: RunReport) -> tuple[Section, Figure | None]:
+    """Scores of the probes beside their baselines."""
     title = "What the features are worth: the probe"
     probe = inputs.probe or {}
     if not is_number(probe.get("linear_top1")) and not is_number(probe.get("knn_top1")):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -12,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
+from dist_contrastive.losses.statistics import rank_of_spectrum
 from dist_contrastive.report.inputs import RunReport, Section, class_name, shorten, unit_rows
 from dist_contrastive.report.style import BLUE, CLASS_COLORS, CLASS_MARKERS, VERMILION, new_figure
 
@@ -19,16 +21,8 @@ MAX_MAP_SAMPLES = 1000  # t-SNE of as many, 500 iterations, takes about 3 s on t
 MAX_MAP_LABELS = 40
 
 
-def _effective_rank(eigenvalues: np.ndarray) -> float:
-    """exp of the entropy of the normalised singular values, from a covariance's eigenvalues (Roy and Vetterli 2007)."""
-    singular = np.sqrt(np.clip(eigenvalues, 0.0, None))
-    if singular.sum() == 0:
-        return 0.0
-    p = singular[singular > 0] / singular.sum()
-    return float(np.exp(-(p * np.log(p)).sum()))
-
-
 def spectrum(inputs: RunReport) -> tuple[Section, Figure | None]:
+    """The spectrum of the features' covariance, trained and untrained."""
     title = "Spectrum of the features"
     figure, (ax,) = new_figure(3.6)
     floor = 1e-8  # of the total variance: below it is rounding
@@ -42,7 +36,13 @@ def spectrum(inputs: RunReport) -> tuple[Section, Figure | None]:
         shares = np.asarray(values, dtype=np.float64) / np.sum(values)
         visible = np.where(shares > floor, shares, np.nan)
         ax.plot(np.arange(1, len(shares) + 1), visible, color=color, marker="o" if len(shares) < 20 else None)
-        drawn.append((visible, f"{name}: effective rank {_effective_rank(shares):.1f} of {len(shares)}", color))
+        drawn.append(
+            (
+                visible,
+                f"{name}: effective rank {rank_of_spectrum(torch.from_numpy(np.clip(shares, 0.0, None))):.1f} of {len(shares)}",
+                color,
+            )
+        )
     if not drawn:
         return Section("spectrum", title, missing="there are no features to take it from"), None
     for row, (_, text, color) in enumerate(reversed(drawn)):
@@ -87,6 +87,7 @@ def _embed_2d(features: np.ndarray) -> np.ndarray:
 
 
 def embedding_map(inputs: RunReport) -> tuple[Section, Figure | None]:
+    """Test images laid out by their features."""
     title = "Map of the test images"
     features, labels = inputs.features, inputs.labels
     if features is None or labels is None:

@@ -38,6 +38,7 @@ def _tile_figure(columns: float, rows: float) -> tuple[Figure, Axes]:
 
 
 def neighbours(inputs: RunReport) -> tuple[Section, Figure | None]:
+    """Test images and those nearest to them."""
     title = "Test images and their nearest neighbours"
     features, labels, thumbnails = inputs.features, inputs.labels, inputs.thumbnails
     if features is None or labels is None or thumbnails is None or len(features) < 2:
@@ -82,6 +83,7 @@ def neighbours(inputs: RunReport) -> tuple[Section, Figure | None]:
 
 
 def views(inputs: RunReport) -> tuple[Section, Figure | None]:
+    """What augmentation makes of a few images."""
     title = "What the encoder is trained on: augmented views"
     if inputs.views is None or inputs.originals is None or len(inputs.views) == 0:
         return Section("views", title, missing="there are no example views"), None
