@@ -24,7 +24,7 @@ from dist_contrastive import cli
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import BatchConfig, require
 from dist_contrastive.memory_plan import TensorCount, example, measure_peak
-from dist_contrastive.recipes import RECIPES
+from dist_contrastive.recipes import build_recipe
 from dist_contrastive.trainer import Trainer
 
 PROG = "python -m benchmarks.large_batch"
@@ -46,11 +46,11 @@ def trainer_and_batch(recipe: str, size: int, micro: int) -> tuple[Trainer, Batc
     """One rank on the CPU with a batch of noise, past its first steps, which make gradients and caches."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    config = replace(RECIPES[recipe](), batch=BatchConfig(size=size, micro=micro))
+    config = replace(build_recipe(recipe), batch=BatchConfig(size=size, micro=micro))
     trainer = Trainer(config, Accelerator(cpu=True), steps_per_epoch=1, dataset_sha256="")
     warm = example(config, 2 * micro)
     for _ in range(2):
-        trainer.large_batch.step(warm, 0)
+        trainer.large_batch.compute_gradient(warm, 0)
         trainer.method.zero_grad(set_to_none=True)
     return trainer, example(config, size)
 
@@ -60,7 +60,7 @@ def memory(recipe: str, size: int, micro: int) -> dict[str, float]:
     trainer, batch = trainer_and_batch(recipe, size, micro)
 
     def step() -> None:
-        trainer.large_batch.step(batch, 0)
+        trainer.large_batch.compute_gradient(batch, 0)
 
     resident = measure_peak(step, torch.device("cpu"))
     trainer.method.zero_grad(set_to_none=True)
@@ -79,7 +79,7 @@ def timed(recipe: str, command: Command) -> dict[str, list[float]]:
             start = time.perf_counter()
             for number in range(parts):
                 size = command.size // parts
-                trainer.large_batch.step(batch.samples(slice(number * size, (number + 1) * size)), 0)
+                trainer.large_batch.compute_gradient(batch.samples(slice(number * size, (number + 1) * size)), 0)
                 trainer.method.zero_grad(set_to_none=True)
             times[name].append(1e3 * (time.perf_counter() - start) / command.size)
     return times
@@ -134,9 +134,7 @@ def describe(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     command = cli.parse(Command, argv, prog=PROG)
     for recipe in command.recipes:
-        require(
-            recipe in RECIPES, f"unknown recipe {recipe}{cli.nearest(recipe, RECIPES)}; recipes: {', '.join(RECIPES)}"
-        )
+        build_recipe(recipe)  # a mistyped name is refused before the first measurement
     require(command.size % command.micro == 0, f"--micro {command.micro}: give a divisor of --size {command.size}")
     load_average = os.getloadavg()[0]
     results = []

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, PILToTensor, RandomResizedCrop
 
 from dist_contrastive.atomic import write_atomic
+from dist_contrastive.batch import Share
 from dist_contrastive.cli import main_guard, parse
 from dist_contrastive.config import AugmentConfig, DataConfig, require
 from dist_contrastive.data.beton import TRAIN, Dataset, open_dataset
@@ -99,7 +100,7 @@ def our_epochs(config: LoaderBenchmark, dataset: Dataset, threads: int) -> Calla
     def run(epoch: int) -> int:
         num_samples = 0
         with train_epoch(
-            dataset, data, augment, seed=0, epoch=epoch, global_batch=config.batch, rank=0, num_ranks=1, threads=threads
+            dataset, data, augment, seed=0, epoch=epoch, share=Share(config.batch), threads=threads
         ) as batches:
             for batch in batches:
                 num_samples += len(batch.indices)

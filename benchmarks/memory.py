@@ -18,9 +18,9 @@ import tyro
 from accelerate import Accelerator
 
 from dist_contrastive import cli
-from dist_contrastive.config import require
+from dist_contrastive.batch import Share
 from dist_contrastive.memory_plan import USABLE, predict
-from dist_contrastive.recipes import RECIPES
+from dist_contrastive.recipes import build_recipe
 from dist_contrastive.trainer import Trainer
 
 PROG = "python -m benchmarks.memory"
@@ -43,10 +43,10 @@ class Command:
 
 def plan(name: str, command: Command) -> dict[str, Any]:
     """Predicted memory of one recipe, in GiB."""
-    config = RECIPES[name]()
+    config = build_recipe(name)
     accelerator = Accelerator(cpu=True, mixed_precision="no" if command.precision == "fp32" else "bf16")
     trainer = Trainer(config, accelerator, steps_per_epoch=1, dataset_sha256="")
-    rank_batch = config.batch.size // command.ranks
+    rank_batch = Share(config.batch.size, num_ranks=command.ranks).rank_batch
     memory = predict(trainer.large_batch, config, rank_batch, torch.device("cpu"), new_optimizer=True)
     held = sum(t.numel() * t.element_size() for t in trainer.method.state_dict().values())
     usable = USABLE * (command.memory_gib * 1e9 - held - CONTEXT_GIB * GIB)
@@ -68,8 +68,6 @@ def plan(name: str, command: Command) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     command = cli.parse(Command, argv, prog=PROG)
-    for name in command.recipes:
-        require(name in RECIPES, f"unknown recipe {name}{cli.nearest(name, RECIPES)}; recipes: {', '.join(RECIPES)}")
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     results = [plan(name, command) for name in command.recipes]

@@ -22,9 +22,8 @@ from typing import Annotated, Any
 import tyro
 
 from dist_contrastive import cli
-from dist_contrastive.config import require
 from dist_contrastive.metrics import read_metrics
-from dist_contrastive.recipes import RECIPES
+from dist_contrastive.recipes import RECIPES, build_recipe
 
 PROG = "python -m benchmarks.methods"
 PHOTOS = tuple(name for name in RECIPES if name.startswith("photos"))
@@ -110,9 +109,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     command = cli.parse(Command, argv, prog=PROG)
     for recipe in command.recipes:
-        require(
-            recipe in RECIPES, f"unknown recipe {recipe}{cli.nearest(recipe, RECIPES)}; recipes: {', '.join(RECIPES)}"
-        )
+        build_recipe(recipe)  # a mistyped name is refused before the first run
     command.out.mkdir(parents=True, exist_ok=True)
     available = sorted(os.sched_getaffinity(0))
     workers = command.workers or len(available)

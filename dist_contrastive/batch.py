@@ -1,9 +1,11 @@
-"""What the loader hands to the method."""
+"""What the loader hands to the method, and whose it is."""
 
 import itertools
 from dataclasses import dataclass, replace
 
 from torch import Tensor
+
+from dist_contrastive.config import require
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,33 @@ class Batch:
     def view(self, number: int) -> "Batch":
         """All samples, one of their views."""
         return replace(self, views=self.views[number : number + 1])
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which samples of each global batch are one rank's: the `rank`-th of `num_ranks` equal runs."""
+
+    global_batch: int
+    """Samples of one update over all ranks."""
+    rank: int = 0
+    num_ranks: int = 1
+
+    def __post_init__(self) -> None:
+        require(
+            self.global_batch % self.num_ranks == 0,
+            f"--batch.global {self.global_batch} can't be shared equally by {self.num_ranks} ranks; give a multiple of "
+            f"{self.num_ranks}",
+        )
+
+    @property
+    def rank_batch(self) -> int:
+        """Samples of one update on one rank."""
+        return self.global_batch // self.num_ranks
+
+    def of_update(self, number: int) -> slice:
+        """This rank's part of an epoch's order in update `number` (from 0) of the epoch."""
+        start = number * self.global_batch + self.rank * self.rank_batch
+        return slice(start, start + self.rank_batch)
 
 
 def balanced_slices(num_samples: int, count: int) -> list[slice]:

@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen dataclasses, validation only.
+"""The configuration of a run: frozen dataclasses that check themselves, and how they are written and read.
 
 A recipe builds one `TrainConfig`; the command line may replace single fields (`--optim.learning-rate 1e-3`); nothing
 changes it afterwards. Whatever a value is derived from it (the scaled learning rate, the rank batch), it is derived
@@ -24,6 +24,16 @@ def require(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def require_positive(option: str, value: float) -> None:
+    """`UserError` unless the value of `option` is a finite number above 0."""
+    require(0 < value < math.inf, f"{option} {value}: give a positive number")
+
+
+def require_momentum(option: str, value: float) -> None:
+    """`UserError` unless a teacher can follow with `value`: in [0, 1], where 1 stands still."""
+    require(0 <= value <= 1, f"{option} {value}: give a number in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -185,9 +195,7 @@ class OptimConfig:
     """Largest norm of the whole gradient; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        require(
-            0 < self.learning_rate < math.inf, f"--optim.learning-rate {self.learning_rate}: give a positive number"
-        )
+        require_positive("--optim.learning-rate", self.learning_rate)
         require(self.weight_decay >= 0, f"--optim.weight-decay {self.weight_decay}: give 0 or more")
         require(0 <= self.momentum < 1, f"--optim.momentum {self.momentum}: give a number in [0, 1)")
         require(self.warmup_epochs >= 0, f"--optim.warmup-epochs {self.warmup_epochs}: give 0 or more")
@@ -209,7 +217,7 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         require(self.every >= 0, f"--probe.every {self.every}: give 0 (only at the end) or more")
         require(self.knn_k >= 1, f"--probe.knn-k {self.knn_k}: give at least 1")
-        require(self.knn_temperature > 0, f"--probe.knn-temperature {self.knn_temperature}: give a positive number")
+        require_positive("--probe.knn-temperature", self.knn_temperature)
         require(len(self.strengths) > 0 and min(self.strengths) > 0, "--probe.strengths: give positive numbers")
         require(0 < self.holdout < 1, f"--probe.holdout {self.holdout}: give a fraction in (0, 1)")
 
@@ -240,7 +248,7 @@ class LaunchConfig:
 
     def __post_init__(self) -> None:
         require(self.ranks >= 0, f"--launch.ranks {self.ranks}: give 0 (as launched) or more")
-        require(self.timeout_minutes > 0, f"--launch.timeout-minutes {self.timeout_minutes}: give a positive number")
+        require_positive("--launch.timeout-minutes", self.timeout_minutes)
 
 
 @dataclass(frozen=True)

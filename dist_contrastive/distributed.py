@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_contrastive.batch import Share
 from dist_contrastive.config import UserError
 
 T = TypeVar("T")
@@ -26,6 +27,16 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
+
+
+def row_offset(num_rows: int) -> int:
+    """The row at which this rank's `num_rows` rows start among those of all ranks, gathered in rank order."""
+    return rank() * num_rows
+
+
+def share_of(global_batch: int) -> Share:
+    """This rank's share of global batches of that many samples; `UserError` where the ranks can't share them equally."""
+    return Share(global_batch, rank(), world_size())
 
 
 def is_main() -> bool:
@@ -239,7 +250,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         # Every rank's loss depends on this rank's rows, so their gradient is the sum over all ranks' losses.
         total = all_reduce_sum(grads[0])
-        start = rank() * ctx.num_rows
+        start = row_offset(ctx.num_rows)
         return total[start : start + ctx.num_rows]
 
 

@@ -38,10 +38,7 @@ from dist_contrastive.models.teacher import Teacher
 T = TypeVar("T")
 Augmentation = Callable[[Batch, torch.device], Batch]
 
-WHAT_NEEDS_LESS = (
-    "a smaller --batch.global, or a method whose negatives come from a queue instead of the batch (recipe cifar10_moco_t4, "
-    "--method.queue), needs less"
-)
+WHAT_NEEDS_LESS = "a smaller --batch.global, or a method whose negatives come from a queue (--method.queue), needs less"
 """What to do where no micro-batch fits."""
 
 
@@ -97,8 +94,8 @@ class LargeBatch:
         self._teachers_norms = [norm for m in method.modules() if isinstance(m, Teacher) for norm in batch_norms(m)]
         self._students_norms = [norm for norm in self._norms if norm not in self._teachers_norms]
 
-    def step(self, batch: Batch, step: int) -> Outcome:
-        """The gradient of update number `step` (from 0) by this rank's share `batch`, as the loader gave it.
+    def compute_gradient(self, batch: Batch, step: int) -> Outcome:
+        """The gradient of the update that follows `step` others, by this rank's share `batch`, as the loader gave it.
 
         Raises `UserError` on all ranks where even the smallest micro-batch does not fit.
         """
@@ -107,7 +104,7 @@ class LargeBatch:
         statistics = [buffer.clone() for buffer in self._statistics()]
         while True:
             try:
-                outcome = self._gradient(batch, step)
+                outcome = self._try_gradient(batch, step)
             except distributed.RanksFailed as failure:
                 failed = failure.ranks
             else:
@@ -131,7 +128,7 @@ class LargeBatch:
             f"instead of {micro}"
         )
 
-    def _gradient(self, batch: Batch, step: int) -> Outcome:
+    def _try_gradient(self, batch: Batch, step: int) -> Outcome:
         """This rank's gradient; `RanksFailed` on all ranks where any is out of memory."""
         parts = split(len(batch.labels), self.micro)
         # What the loss reads goes to the device at once; views go one micro-batch at a time, with their augmentation.

@@ -71,11 +71,7 @@ def _check(config: TrainConfig, accelerator: Accelerator, use_cpu: bool) -> None
         backend = {"cpu": "gloo", "cuda": "nccl"}[device]
         if dist.get_backend() != backend:
             raise UserError(f"the ranks talk over {dist.get_backend()}, not {backend}; check the launch config")
-    if config.batch.size % ranks:
-        raise UserError(
-            f"--batch.global {config.batch.size} can't be shared by {ranks} ranks; give a multiple of {ranks}"
-        )
-    rank_batch, micro = config.batch.size // ranks, config.batch.micro
+    rank_batch, micro = distributed.share_of(config.batch.size).rank_batch, config.batch.micro
     if micro != "auto" and micro > rank_batch:
         raise UserError(f"--batch.micro {micro}: a rank has {rank_batch} samples of a step; give at most that, or auto")
 

@@ -135,7 +135,7 @@ def make_plan(large_batch: LargeBatch, config: TrainConfig, device: torch.device
     `new_optimizer` says whether the optimizer has yet to make its state. `UserError` on all ranks where memory can't be
     measured, or holds no micro-batch.
     """
-    rank_batch = config.batch.size // distributed.world_size()
+    rank_batch = distributed.share_of(config.batch.size).rank_batch
     limit = -_largest(-distributed.together(lambda: usable_bytes(config, device)), device)
     try:
         memory = predict(large_batch, config, rank_batch, device, new_optimizer=new_optimizer)

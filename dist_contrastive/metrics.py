@@ -25,7 +25,7 @@ class MetricsLog:
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        """Log `values` after update number `step` (from 1) of `epoch` (from 0); non-finite numbers become null."""
+        """Log `values` once `step` updates are done, the last in `epoch` (from 0); non-finite numbers become null."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
         for name, value in values.items():

@@ -45,7 +45,7 @@ class TrainingProgress:
     ) -> None:
         self._progress.stop()
 
-    def step(self, step: int, epoch: int, values: dict[str, float] | None) -> None:
+    def advance(self, step: int, epoch: int, values: dict[str, float] | None) -> None:
         """`step` updates are done, the last in `epoch` (from 0); `values` are its metrics where it was logged."""
         now = time.monotonic()
         self._step_seconds.append(now - self._last_step_at)

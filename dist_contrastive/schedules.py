@@ -4,9 +4,10 @@ import math
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
-    """Linear warm-up to `peak`, then a half cosine down to 0 (SGDR without restarts, as in SimCLR, appendix B.6).
+    """Of the update that follows `step` others: linear warm-up to `peak`, then a half cosine down to 0 (SGDR without
+    restarts, as in SimCLR, appendix B.6).
 
-    Step 0 already moves: the warm-up reaches `peak` at its last step, `warmup_steps - 1`.
+    The first update already moves: the `warmup_steps`-th is the first at `peak`.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 
 from dist_contrastive import cli, distributed
 from dist_contrastive.checkpoint import save_module
-from dist_contrastive.collect import collect_report
 from dist_contrastive.config import TrainConfig, require, to_dict
 from dist_contrastive.data.beton import TRAIN, Dataset, open_dataset
 from dist_contrastive.data.loader import Epoch, fair_threads, steps_per_epoch, train_epoch
@@ -24,8 +23,9 @@ from dist_contrastive.launch import connect, describe_machine
 from dist_contrastive.metrics import MetricsLog, StepTimer
 from dist_contrastive.models.encoders import Encoder
 from dist_contrastive.progress import TrainingProgress, print_scores
-from dist_contrastive.recipes import DEFAULT_RECIPE, RECIPES
+from dist_contrastive.recipes import DEFAULT_RECIPE, build_recipe
 from dist_contrastive.report import write_report
+from dist_contrastive.report.collect import collect_report
 from dist_contrastive.run_folder import RunFolder
 from dist_contrastive.trainer import Trainer, build_method
 
@@ -37,8 +37,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     """The config of a command line: a recipe's name (photos if none is given), then `--field.name VALUE` pairs."""
     args = list(sys.argv[1:] if argv is None else argv)
     name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
-    require(name in RECIPES, f"unknown recipe {name}{cli.nearest(name, RECIPES)}; recipes: {', '.join(RECIPES)}")
-    return cli.parse(RECIPES[name](), args, prog=f"{PROG} {name}")
+    return cli.parse(build_recipe(name), args, prog=f"{PROG} {name}")
 
 
 def train(config: TrainConfig) -> bool:
@@ -72,7 +71,7 @@ def fit(run: "Run") -> bool:
                 for batch in batches:
                     batch = dataclasses.replace(batch, wants_report=trainer.is_logged(trainer.step + 1))
                     values = trainer.update(batch)
-                    progress.step(trainer.step, epoch, run.log(epoch, values, batches.wait_ms))
+                    progress.advance(trainer.step, epoch, run.log(epoch, values, batches.wait_ms))
                     if trainer.stopping or trainer.step == config.stop_after_steps:
                         run.stop(epoch)
                         return False
@@ -177,9 +176,7 @@ class Run:
             self.config.augment,
             seed=self.config.seed,
             epoch=self.trainer.epoch,
-            global_batch=self.config.batch.size,
-            rank=distributed.rank(),
-            num_ranks=distributed.world_size(),
+            share=distributed.share_of(self.config.batch.size),
             threads=self.threads,
             start_step=self.trainer.step_in_epoch,
             pin_memory=self.trainer.device.type == "cuda",

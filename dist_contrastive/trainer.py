@@ -47,7 +47,8 @@ class Trainer:
     """What an update moves and a checkpoint holds.
 
     Attributes:
-        step: how many updates are done; the cursor is `step` times the global batch.
+        step: how many updates are done, as everywhere: "step 5" is the state after five of them, or in messages the fifth
+            update itself. The cursor is `step` times the global batch.
         method: the bare module; `large_batch` has its DDP wrapper.
         stopping: whether the ranks have agreed to stop (a signal reached one of them).
     """
@@ -93,7 +94,7 @@ class Trainer:
         return self.step % self.steps_per_epoch
 
     def is_logged(self, step: int) -> bool:
-        """Whether update number `step` (from 1) writes a line of metrics."""
+        """Whether a line of metrics is written once `step` updates are done."""
         return step % self.config.log_every == 0 or step in (1, self.total_steps)
 
     def update(self, batch: Batch) -> dict[str, float]:
@@ -102,7 +103,7 @@ class Trainer:
         Raises `NonFiniteError` on all ranks, before anything is updated, when loss or gradient of any is not finite.
         """
         rate = self._set_learning_rate()
-        outcome = self.large_batch.step(batch, self.step)
+        outcome = self.large_batch.compute_gradient(batch, self.step)
         grad_norm = self._clip_gradient()
         values = self._agree({**outcome.losses, **outcome.report}, grad_norm)
         self._optimizer.step()

@@ -10,6 +10,7 @@ from dist_contrastive.config import EncoderConfig, HeadConfig
 from dist_contrastive.distributed import rank, world_size
 from dist_contrastive.large_batch import LargeBatch
 from dist_contrastive.methods import METHODS, Method
+from dist_contrastive.methods.base import Losses
 
 GLOBAL_BATCH = 8
 SIDE = 16
@@ -33,6 +34,11 @@ def share_of_batch(method: Method, seed: int = 1) -> Batch:
     indices = torch.randperm(1000, generator=generator)[:GLOBAL_BATCH]
     whole = Batch(views=views, labels=indices % 3, indices=indices, epoch=3)
     return whole.samples(slice(rank() * GLOBAL_BATCH // world_size(), (rank() + 1) * GLOBAL_BATCH // world_size()))
+
+
+def losses_of(method: Method, batch: Batch) -> Losses:
+    """The method's losses on a whole rank batch, in one pass."""
+    return method.loss(method.embed_all(batch), batch)
 
 
 def as_it_is(batch: Batch, device: torch.device) -> Batch:

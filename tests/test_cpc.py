@@ -16,9 +16,10 @@ from dist_contrastive.config import EncoderConfig, HeadConfig, UserError
 from dist_contrastive.methods.base import Embeddings
 from dist_contrastive.methods.cpc import CPC, CPCConfig
 from tests.harness import run_ranks
+from tests.steps import losses_of
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group")
-SIDE, STEPS, TEMPERATURE = 3, 2, 0.3
+SIDE, ROWS_AHEAD, TEMPERATURE = 3, 2, 0.3
 
 
 def cpc(encoder: EncoderConfig = GROUP, *, image_size: int = 16, **options: Any) -> CPC:
@@ -29,7 +30,7 @@ def cpc(encoder: EncoderConfig = GROUP, *, image_size: int = 16, **options: Any)
 
 def small_grid(encoder: EncoderConfig = GROUP) -> CPC:
     """A grid of 3 × 3 patches, of which two rows are predicted."""
-    return cpc(encoder, patch_size=8, patch_stride=4, steps=STEPS, temperature=TEMPERATURE)
+    return cpc(encoder, patch_size=8, patch_stride=4, rows_ahead=ROWS_AHEAD, temperature=TEMPERATURE)
 
 
 def images(num_views: int, num_samples: int) -> Batch:
@@ -46,7 +47,7 @@ def embeddings(num_views: int, num_samples: int) -> dict[str, Tensor]:
         x = torch.randn(num_views, num_samples, rows, SIDE, 8, generator=generator)
         return torch.nn.functional.normalize(x, dim=-1)
 
-    return {"z": unit(SIDE), **{f"prediction_{k}": unit(SIDE - k) for k in range(1, STEPS + 1)}}
+    return {"z": unit(SIDE), **{f"prediction_{k}": unit(SIDE - k) for k in range(1, ROWS_AHEAD + 1)}}
 
 
 def cpc_reference(arrays: dict[str, np.ndarray]) -> list[float]:
@@ -57,7 +58,7 @@ def cpc_reference(arrays: dict[str, np.ndarray]) -> list[float]:
     z = arrays["z"]
     num_views, num_samples = z.shape[:2]
     losses = []
-    for k in range(1, STEPS + 1):
+    for k in range(1, ROWS_AHEAD + 1):
         targets = [
             (v, n, i, j)
             for v in range(num_views)
@@ -114,7 +115,7 @@ def test_targets_and_predictions_both_get_gradient() -> None:
     _, gradients = loss_of_share(0, {name: x.numpy() for name, x in embeddings(1, 3).items()})
     assert not gradients["z"][:, :, 0].any()
     assert (np.abs(gradients["z"][:, :, 1:]).max(-1) > 0).all()
-    for k in range(1, STEPS + 1):
+    for k in range(1, ROWS_AHEAD + 1):
         assert (np.abs(gradients[f"prediction_{k}"]).max(-1) > 0).all()
 
 
@@ -170,7 +171,7 @@ def test_pixels_below_a_row_of_patches_do_not_change_what_is_predicted_from_it()
     views = batch.views.clone()
     views[..., last_pixel:, :] += 1
     before, after = (method.embed(b) for b in (batch, replace(batch, views=views)))
-    for k in range(1, method.config.steps + 1):
+    for k in range(1, method.config.rows_ahead + 1):
         change = (after[f"prediction_{k}"] - before[f"prediction_{k}"]).abs().amax((0, 1, 3, 4))
         assert change[: row + 1].max() < 1e-6
         assert change[row + 1 :].numel() == 0 or change[row + 1 :].min() > 1e-6
@@ -187,8 +188,7 @@ def test_each_patch_has_its_own_dropout_mask_whatever_the_micro_batch() -> None:
 
 def test_batchnorm_encoders_on_patches_of_four_pixels_train() -> None:
     method, batch = cpc(replace(GROUP, norm="batch")), images(1, 2)
-    losses, _ = method(batch)
-    losses["loss"].backward()
+    losses_of(method, batch)["loss"].backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in method.parameters())
 
 
@@ -211,11 +211,11 @@ def test_the_report_has_the_cosine_of_predictions_and_their_targets() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch_size": 17}, "--method.steps 3: patches of 17 pixels, .* make 0 rows"),
-        ({"patch_size": 8, "patch_stride": 4}, "--method.steps 3: patches of 8 pixels, 4 apart, make 3 rows"),
+        ({"patch_size": 17}, "--method.rows-ahead 3: patches of 17 pixels, .* make 0 rows"),
+        ({"patch_size": 8, "patch_stride": 4}, "--method.rows-ahead 3: patches of 8 pixels, 4 apart, make 3 rows"),
         ({"patch_size": -1}, "--method.patch-size -1: give"),
         ({"patch_stride": -1}, "--method.patch-stride -1: give"),
-        ({"steps": 0}, "--method.steps 0: give"),
+        ({"rows_ahead": 0}, "--method.rows-ahead 0: give"),
         ({"context_layers": 0}, "--method.context-layers 0: give"),
         ({"temperature": 0.0}, "--method.temperature 0.0: give"),
     ],

@@ -124,7 +124,7 @@ def test_a_resumed_run_keeps_its_micro_batch(dataset: Path, tmp_path: Path) -> N
 
 def test_too_little_memory_names_the_queue(dataset: Path, tmp_path: Path) -> None:
     config = auto_config(tmp_path / "run", dataset, 0.0005)
-    with pytest.raises(RankError, match=r"UserError: --batch.micro auto: 1 MiB hold no step of 48 .*cifar10_moco_t4"):
+    with pytest.raises(RankError, match=r"UserError: --batch.micro auto: 1 MiB hold no step of 48 .*--method.queue"):
         run_ranks(train_on_rank, 2, config)
 
 

@@ -15,6 +15,7 @@ from dist_contrastive.methods.base import Method
 from dist_contrastive.methods.moco import MoCo, MoCoConfig
 from dist_contrastive.methods.mocov3 import MoCoV3, MoCoV3Config
 from dist_contrastive.models.teacher import Teacher
+from dist_contrastive.schedules import ema_momentum
 from tests.harness import run_ranks
 from tests.runs import tiny_config
 from tests.steps import GLOBAL_BATCH, SIDE, build, share_of_batch
@@ -76,8 +77,8 @@ def test_mocov3s_loss_is_the_papers() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = (F.normalize(torch.randn(2, 5, 4, generator=generator), dim=-1) for _ in range(2))
     method = build("mocov3", GROUP)
-    temperature = method.config.temperature  # type: ignore[union-attr]
-    assert isinstance(temperature, float)
+    assert isinstance(method, MoCoV3)
+    temperature = method.config.temperature
     loss = method.loss({"z": q, "q": q, "k": k}, share_of_batch(method))["loss"].item()
     total = 0.0
     for v, w in ((0, 1), (1, 0)):
@@ -154,6 +155,22 @@ def test_queue_pointer_and_teacher_come_back_from_the_state() -> None:
     assert losses[0] == losses[1]
     assert torch.equal(restored.queue, method.queue)
     assert restored.queue_pointer == 0
+
+
+@pytest.mark.parametrize(("name", "momentum"), [("moco", 0.999), ("mocov3", ema_momentum(0.25, 0.99))])
+def test_the_teacher_follows_with_its_papers_momentum(name: str, momentum: float) -> None:
+    """Constant in MoCo (section 3.2), on a cosine to 1 in MoCo v3 (section 4.3)."""
+    method = build(name, GROUP)
+    teacher = method.teacher
+    assert isinstance(teacher, Teacher)
+    embeddings = {key: x.detach() for key, x in method.embed_all(share_of_batch(method)).items()}
+    before = [p.clone() for p in teacher.parameters()]
+    with torch.no_grad():
+        for p in method.student.parameters():
+            p.add_(1.0)
+    method.after_step(0.25, embeddings)
+    for mine, start, theirs in zip(teacher.parameters(), before, method.student.parameters(), strict=True):
+        torch.testing.assert_close(mine, momentum * start + (1 - momentum) * theirs)
 
 
 def groups_of_keys(method: MoCo, samples: slice, epoch: int) -> list[Tensor]:

@@ -25,7 +25,9 @@ SEED = {"group": 1, "batch": 3, "sync": 3}
 def direct_gradient(rank: int, name: str, encoder: EncoderConfig) -> dict[str, np.ndarray]:
     """Every parameter's gradient after one backward pass through the loss of the whole batch."""
     method = build(name, encoder)
-    losses, report = method(share_of_batch(method, SEED[encoder.norm]))
+    batch = share_of_batch(method, SEED[encoder.norm])
+    embeddings = method.embed_all(batch)
+    losses, report = method.loss(embeddings, batch), method.report(embeddings, batch)
     losses["loss"].backward()
     assert all(value.ndim == 0 and value.dtype == torch.float32 for value in losses.values())
     assert all(value.ndim == 0 and not value.requires_grad for value in report.values())
@@ -37,7 +39,7 @@ def direct_gradient(rank: int, name: str, encoder: EncoderConfig) -> dict[str, n
 def gradient_of_share(rank: int, name: str, encoder: EncoderConfig, micro: int) -> dict[str, np.ndarray]:
     """The same as the trainer computes it, from this rank's share."""
     method = build(name, encoder)
-    large_batch(method, micro).step(share_of_batch(method, SEED[encoder.norm]), 0)
+    large_batch(method, micro).compute_gradient(share_of_batch(method, SEED[encoder.norm]), 0)
     return gradient_of(method)
 
 

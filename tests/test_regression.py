@@ -15,7 +15,7 @@ from dist_contrastive.methods.byol import BYOL, BYOLConfig
 from dist_contrastive.methods.simsiam import SimSiam, SimSiamConfig
 from dist_contrastive.schedules import ema_momentum
 from tests.harness import run_ranks
-from tests.steps import build, share_of_batch
+from tests.steps import build, losses_of, share_of_batch
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 BATCH = EncoderConfig(name="resnet10_w16", stem="small", norm="batch")
@@ -111,8 +111,7 @@ def test_ranks_give_the_value_and_gradient_of_the_whole_batch(num_ranks: int) ->
 
 def trained_gradient(method: Method) -> dict[str, Tensor]:
     """The gradient of every parameter that has one."""
-    losses, _ = method(share_of_batch(method))
-    losses["loss"].backward()
+    losses_of(method, share_of_batch(method))["loss"].backward()
     return {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
 
 
@@ -209,11 +208,11 @@ def student_of(method: BYOL) -> list[Tensor]:
 def test_the_teacher_counts() -> None:
     method = build_byol()
     batch = share_of_batch(method)
-    loss = method(batch)[0]["loss"].item()
+    loss = losses_of(method, batch)["loss"].item()
     with torch.no_grad():
         for p in method.teacher.parameters():
             p.add_(0.1)
-    assert abs(method(batch)[0]["loss"].item() - loss) > 1e-3
+    assert abs(losses_of(method, batch)["loss"].item() - loss) > 1e-3
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.25, 1.0])

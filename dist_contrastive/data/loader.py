@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from dist_contrastive import rng
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, Share
 from dist_contrastive.config import AugmentConfig, DataConfig, require
 from dist_contrastive.data.beton import TRAIN, TURBOJPEG_DECODE, Dataset
 
@@ -477,32 +477,24 @@ def train_epoch(
     *,
     seed: int,
     epoch: int,
-    global_batch: int,
-    rank: int,
-    num_ranks: int,
+    share: Share,
     threads: int,
     start_step: int = 0,
     pin_memory: bool = False,
 ) -> Epoch:
     """This rank's share of an epoch over the training split: V random crops of each sample, from step `start_step` on.
 
-    The epoch's order is one permutation of the training samples for all ranks; step s takes its slice of
-    `global_batch`, rank r the r-th of `num_ranks` equal runs within it.
+    The epoch's order is one permutation of the training samples for all ranks; each update takes the next global batch
+    of it, and of that this rank its `share`.
 
-    Errors: UserError where the global batch can't be shared or filled; see `Epoch` for those of its batches.
+    Errors: UserError where the global batch can't be filled; see `Epoch` for those of its batches.
     """
-    require(
-        global_batch % num_ranks == 0,
-        f"--batch.global {global_batch} can't be shared equally by {num_ranks} ranks: give a multiple of {num_ranks}",
-    )
     train = dataset.indices(TRAIN)
-    num_steps = steps_per_epoch(len(train), global_batch)
+    num_steps = steps_per_epoch(len(train), share.global_batch)
     order = train[rng.permutation(seed, epoch, len(train))]
-    rank_batch = global_batch // num_ranks
 
-    def batches(step: int) -> np.ndarray:
-        start = step * global_batch + rank * rank_batch
-        return order[start : start + rank_batch]
+    def batches(number: int) -> np.ndarray:
+        return order[share.of_update(number)]
 
     def boxes(samples: np.ndarray) -> np.ndarray:
         return random_boxes(dataset, augment, seed=seed, epoch=epoch, samples=samples)

@@ -1,1 +1,1 @@
-"""Losses and statistics: pure functions of embeddings."""
+"""Losses and statistics of embeddings: functions without state or parameters. Those over the global batch communicate."""

@@ -40,11 +40,11 @@ def effective_rank(z: Tensor) -> Tensor:
     exp(-Σ p log p) with p = σ / Σ σ over the singular values σ of `z`, which is not centred (Roy and Vetterli 2007,
     "The effective rank"; Garrido et al. 2023, "RankMe"). Embeddings that are all one vector have effective rank 1.
     """
-    return rank_of_spectrum(_gram_spectrum(z))
+    return effective_rank_of_spectrum(_gram_spectrum(z))
 
 
 @torch.no_grad()
-def rank_of_spectrum(eigenvalues: Tensor) -> Tensor:
+def effective_rank_of_spectrum(eigenvalues: Tensor) -> Tensor:
     """The effective rank from the eigenvalues [D] of a Gram or covariance matrix, none negative; as `effective_rank`."""
     singular_values = eigenvalues.double().sqrt()
     total = singular_values.sum()

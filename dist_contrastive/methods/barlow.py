@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from dist_contrastive.batch import Batch
-from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, require
+from dist_contrastive.config import HeadConfig, MethodConfig, require
 from dist_contrastive.losses.redundancy import barlow_twins
 from dist_contrastive.methods.base import Embeddings, Losses, Method
 
@@ -29,11 +29,8 @@ class Barlow(Method):
     """The cross-correlation of two views' embeddings over the global batch should be the identity."""
 
     Config = BarlowConfig
+    config: BarlowConfig
     max_views = 2
-
-    def __init__(self, config: BarlowConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
-        super().__init__(config, encoder, image_size=image_size, seed=seed)
-        self.config = config
 
     def embed(self, batch: Batch) -> Embeddings:
         return {"z": self.project(batch)}

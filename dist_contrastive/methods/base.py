@@ -19,7 +19,7 @@ Report = dict[str, Tensor]
 Embeddings = dict[str, Tensor]
 """Float32 tensors [V, B, ...]: samples are the second axis, along which micro-batches are put together."""
 
-MAX_RANK_ROWS = 2048
+MAX_SPECTRUM_ROWS = 2048
 """Of how many embeddings of a global batch the effective rank is taken."""
 
 
@@ -27,22 +27,28 @@ class Method(nn.Module, ABC):
     """Encoder, projector, and the loss on them, in two halves.
 
     `embed` and `targets` hold every parameter and treat each sample by itself (but for batch statistics), so that they may
-    be called for one micro-batch after the other; `loss` has no parameters and sees the whole rank batch. The loss of a
-    rank is the mean over the rank's own anchors, and what it gathers from other ranks carries gradient, so that DDP's
-    average over ranks is the gradient of the global batch.
+    be called for one micro-batch after the other; `loss` has no parameters, and sees the whole rank batch where it
+    couples samples (`couples_samples`), else perhaps a micro-batch. The loss of a rank is the mean over the rank's own
+    anchors, and what it gathers from other ranks carries gradient, so that DDP's average over ranks is the gradient of
+    the global batch.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
+    config: MethodConfig
     min_views: ClassVar[int] = 2
     """How many views of a sample the loss needs."""
     max_views: ClassVar[int | None] = None
     """How many it can take; None: any number."""
+    target: ClassVar[str | None] = None
+    """The embedding that the loss looks for and no gradient reaches, by the method's paper; None: gradient reaches all.
+    Where there is one, `z` is for the report alone, or is the target itself."""
     couples_samples: ClassVar[bool] = True
     """Whether the loss of a sample depends on other samples of its batch. If not, the loss is a mean over samples, and
     micro-batches need no gradient caching."""
 
     def __init__(self, config: MethodConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
         super().__init__()
+        self.config = config
         self.seed = seed
         self.encoder: Encoder = build_encoder(encoder, image_size)
         self.dropout = KeyedDropout(encoder.dropout)
@@ -68,7 +74,8 @@ class Method(nn.Module, ABC):
     def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
         """Float32 scalars, means over this rank's anchors; the loop knows `losses["loss"]` alone.
 
-        `batch` is the whole rank batch; its views are not to be used.
+        `batch` has the samples of `embeddings`: the whole rank batch, or a micro-batch where the loss does not couple
+        samples. Its views are not to be used.
         """
 
     def report(self, embeddings: Embeddings, batch: Batch) -> Report:
@@ -76,16 +83,11 @@ class Method(nn.Module, ABC):
         z = embeddings["z"].detach()
         report = {"positive_cosine": positive_cosine(z)} if len(z) > 1 else {}
         if batch.wants_report:
-            # The rank costs the cube of the rows: of the samples (of a grid's: times its positions) the first few are enough.
+            # The spectrum costs the cube of the rows: of the samples (of a grid's: times its positions) the first few are enough.
             rows_of_sample = z[:, 0].numel() // z.shape[-1]
-            num_samples = max(1, MAX_RANK_ROWS // (rows_of_sample * distributed.world_size()))
+            num_samples = max(1, MAX_SPECTRUM_ROWS // (rows_of_sample * distributed.world_size()))
             report["effective_rank"] = effective_rank(distributed.all_gather_rows(z[:, :num_samples].flatten(0, -2)))
         return report
-
-    def forward(self, batch: Batch) -> tuple[Losses, Report]:
-        """Losses and report of one rank batch, all of it in one pass."""
-        embeddings = self.embed_all(batch)
-        return self.loss(embeddings, batch), self.report(embeddings, batch)
 
     def after_step(self, progress: float, embeddings: Embeddings) -> None:
         """Move teachers and queues after an optimizer update.

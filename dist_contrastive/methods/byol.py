@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from dist_contrastive.batch import Batch
-from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, require
+from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, require_momentum
 from dist_contrastive.losses.regression import cross_view_cosine
 from dist_contrastive.methods.base import Embeddings, Losses, Method
 from dist_contrastive.models.heads import build_predictor
@@ -27,18 +27,19 @@ class BYOLConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.momentum <= 1, f"--method.momentum {self.momentum}: give a number in [0, 1]")
+        require_momentum("--method.momentum", self.momentum)
 
 
 class BYOL(Method):
     """Each view's prediction looks for what the teacher makes of the other view."""
 
     Config = BYOLConfig
+    config: BYOLConfig
     couples_samples = False
+    target = "k"  # equation 3
 
     def __init__(self, config: BYOLConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
         super().__init__(config, encoder, image_size=image_size, seed=seed)
-        self.momentum = config.momentum
         self.predictor = build_predictor(config.predictor, config.projector.output_size, encoder.norm)
         self.teacher = Teacher(self.student)
 
@@ -55,4 +56,4 @@ class BYOL(Method):
         return {"loss": 2 * (2 - 2 * cross_view_cosine(embeddings["q"], embeddings["k"]))}
 
     def after_step(self, progress: float, embeddings: Embeddings) -> None:
-        self.teacher.follow(self.student, ema_momentum(progress, self.momentum))
+        self.teacher.follow(self.student, ema_momentum(progress, self.config.momentum))

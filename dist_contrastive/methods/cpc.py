@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
-from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, UserError, require
+from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, UserError, require, require_positive
 from dist_contrastive.losses.infonce import indexed_nce
 from dist_contrastive.methods.base import Embeddings, Losses, Method, Report
-from dist_contrastive.models.patches import RowContext, StepPredictions, cut_patches, grid_side
+from dist_contrastive.models.patches import RowContext, RowPredictions, cut_patches, grid_side
 from dist_contrastive.rng import fold, sample_keys
 
 
@@ -29,7 +29,7 @@ class CPCConfig(MethodConfig):
     """Side of a patch in pixels; 0 takes a quarter of the image's (64 of 256 in the paper)."""
     patch_stride: int = 0
     """From one patch to the next, in pixels; 0 takes half a patch."""
-    steps: int = 3
+    rows_ahead: int = 3
     """How many rows ahead are predicted (5 in the first paper; the next rows alone are mostly overlap)."""
     context_layers: int = 3
     """Each lets the context see one row further up."""
@@ -43,10 +43,10 @@ class CPCConfig(MethodConfig):
         for name in ("patch_size", "patch_stride"):
             option = name.replace("_", "-")
             require(getattr(self, name) >= 0, f"--method.{option} {getattr(self, name)}: give 0 (automatic) or pixels")
-        for name in ("steps", "context_layers", "context_size"):
+        for name in ("rows_ahead", "context_layers", "context_size"):
             option = name.replace("_", "-")
             require(getattr(self, name) >= 1, f"--method.{option} {getattr(self, name)}: give at least 1")
-        require(self.temperature > 0, f"--method.temperature {self.temperature}: give a positive number")
+        require_positive("--method.temperature", self.temperature)
 
 
 class CPC(Method):
@@ -58,22 +58,22 @@ class CPC(Method):
     """
 
     Config = CPCConfig
+    config: CPCConfig
     min_views = 1
 
     def __init__(self, config: CPCConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
         super().__init__(config, encoder, image_size=image_size, seed=seed)
-        self.config = config
         self.patch_size = config.patch_size or max(1, image_size // 4)
         self.patch_stride = config.patch_stride or max(1, self.patch_size // 2)
         self.side = grid_side(image_size, self.patch_size, self.patch_stride)
-        if self.side <= config.steps:
+        if self.side <= config.rows_ahead:
             raise UserError(
-                f"--method.steps {config.steps}: patches of {self.patch_size} pixels, {self.patch_stride} apart, make "
-                f"{max(0, self.side)} rows of an image of {image_size} pixels; give more rows than steps"
+                f"--method.rows-ahead {config.rows_ahead}: patches of {self.patch_size} pixels, {self.patch_stride} apart, make "
+                f"{max(0, self.side)} rows of an image of {image_size} pixels; give more rows than are predicted"
             )
         size = config.projector.output_size
         self.context = RowContext(size, config.context_size, config.context_layers)
-        self.predictions = StepPredictions(config.context_size, size, config.steps)
+        self.predictions = RowPredictions(config.context_size, size, config.rows_ahead)
 
     def embed(self, batch: Batch) -> Embeddings:
         num_views, batch_size = batch.views.shape[:2]
@@ -96,9 +96,9 @@ class CPC(Method):
     def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
         z = embeddings["z"].flatten(0, 1)
         losses = {}
-        for k in range(1, self.config.steps + 1):
+        for k in range(1, self.config.rows_ahead + 1):
             candidates = z[:, k:].flatten(0, 2)
-            own = torch.arange(len(candidates), device=z.device) + distributed.rank() * len(candidates)
+            own = torch.arange(len(candidates), device=z.device) + distributed.row_offset(len(candidates))
             losses[f"{k}_rows_ahead"] = indexed_nce(
                 embeddings[f"prediction_{k}"].flatten(0, 3),
                 distributed.gather_with_grad(candidates),
@@ -110,7 +110,7 @@ class CPC(Method):
     def report(self, embeddings: Embeddings, batch: Batch) -> Report:
         cosines = [
             (embeddings[f"prediction_{k}"] * embeddings["z"][:, :, k:]).detach().sum(-1).mean()
-            for k in range(1, self.config.steps + 1)
+            for k in range(1, self.config.rows_ahead + 1)
         ]
         # As one view: what two crops show at one position of their grids are no positives of each other.
         one_view = {"z": embeddings["z"].flatten(0, 1)[None]}

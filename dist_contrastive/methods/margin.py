@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
-from dist_contrastive.config import EncoderConfig, MethodConfig, require
+from dist_contrastive.config import MethodConfig, require
 from dist_contrastive.losses.margin import margin_loss
 from dist_contrastive.methods.base import Embeddings, Losses, Method
 
@@ -37,10 +37,7 @@ class Margin(Method):
     """
 
     Config = MarginConfig
-
-    def __init__(self, config: MarginConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
-        super().__init__(config, encoder, image_size=image_size, seed=seed)
-        self.config = config
+    config: MarginConfig
 
     def embed(self, batch: Batch) -> Embeddings:
         return {"z": F.normalize(self.project(batch), dim=-1)}
@@ -50,7 +47,7 @@ class Margin(Method):
         loss = margin_loss(
             anchors,
             distributed.gather_with_grad(anchors),
-            offset=distributed.rank() * len(anchors),
+            offset=distributed.row_offset(len(anchors)),
             num_views=len(embeddings["z"]),
             margin=self.config.margin,
             hinge=self.config.hinge,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch, balanced_slices
-from dist_contrastive.config import EncoderConfig, MethodConfig, require
+from dist_contrastive.config import EncoderConfig, MethodConfig, require, require_momentum, require_positive
 from dist_contrastive.losses.infonce import queue_nce
 from dist_contrastive.losses.statistics import positive_cosine
 from dist_contrastive.methods.base import Embeddings, Losses, Method, Report
@@ -40,8 +40,8 @@ class MoCoConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.queue >= 1, f"--method.queue {self.queue}: give at least the global batch")
-        require(0 <= self.momentum <= 1, f"--method.momentum {self.momentum}: give a number in [0, 1]")
-        require(self.temperature > 0, f"--method.temperature {self.temperature}: give a positive number")
+        require_momentum("--method.momentum", self.momentum)
+        require_positive("--method.temperature", self.temperature)
         require(self.norm_groups >= 1, f"--method.norm-groups {self.norm_groups}: give at least 1")
 
     def check_global_batch(self, size: int) -> None:
@@ -59,14 +59,15 @@ class MoCo(Method):
     """
 
     Config = MoCoConfig
+    config: MoCoConfig
     max_views = 2
     couples_samples = False
+    target = "k"  # section 3.2
     queue: Tensor
     queue_pointer: Tensor
 
     def __init__(self, config: MoCoConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
         super().__init__(config, encoder, image_size=image_size, seed=seed)
-        self.config = config
         self.norm_groups = 1 if encoder.norm == "group" else config.norm_groups
         self.teacher = Teacher(self.student)
         rows = F.normalize(torch.randn(config.queue, config.projector.output_size), dim=1)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
-from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, require
+from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, require_momentum, require_positive
 from dist_contrastive.losses.infonce import indexed_nce
 from dist_contrastive.methods.base import Embeddings, Losses, Method
 from dist_contrastive.models.heads import build_predictor
@@ -34,19 +34,20 @@ class MoCoV3Config(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.momentum <= 1, f"--method.momentum {self.momentum}: give a number in [0, 1]")
-        require(self.temperature > 0, f"--method.temperature {self.temperature}: give a positive number")
+        require_momentum("--method.momentum", self.momentum)
+        require_positive("--method.temperature", self.temperature)
 
 
 class MoCoV3(Method):
     """Each view's prediction looks for the teacher's embedding of the other view among those of the global batch."""
 
     Config = MoCoV3Config
+    config: MoCoV3Config
     max_views = 2
+    target = "k"  # algorithm 1
 
     def __init__(self, config: MoCoV3Config, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
         super().__init__(config, encoder, image_size=image_size, seed=seed)
-        self.config = config
         self.predictor = build_predictor(config.predictor, config.projector.output_size, encoder.norm)
         self.teacher = Teacher(self.student)
 
@@ -62,7 +63,7 @@ class MoCoV3(Method):
     def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
         queries, keys = embeddings["q"], embeddings["k"]
         temperature = self.config.temperature
-        own = torch.arange(queries.shape[1], device=queries.device) + distributed.rank() * queries.shape[1]
+        own = torch.arange(queries.shape[1], device=queries.device) + distributed.row_offset(queries.shape[1])
         # Algorithm 1: the sum of both directions; 2 T keeps the gradient's size independent of the temperature.
         directions = [
             indexed_nce(query, distributed.all_gather_rows(key), own, temperature=temperature)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
-from dist_contrastive.config import EncoderConfig, MethodConfig, require
+from dist_contrastive.config import MethodConfig, require_positive
 from dist_contrastive.losses.infonce import nt_xent, supervised
 from dist_contrastive.methods.base import Embeddings, Losses, Method
 
@@ -29,7 +29,7 @@ class SimCLRConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.temperature > 0, f"--method.temperature {self.temperature}: give a positive number")
+        require_positive("--method.temperature", self.temperature)
 
     @property
     def needs_labels(self) -> bool:
@@ -40,10 +40,7 @@ class SimCLR(Method):
     """NT-Xent over the embeddings of all ranks, all views in one forward pass."""
 
     Config = SimCLRConfig
-
-    def __init__(self, config: SimCLRConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
-        super().__init__(config, encoder, image_size=image_size, seed=seed)
-        self.config = config
+    config: SimCLRConfig
 
     def embed(self, batch: Batch) -> Embeddings:
         return {"z": F.normalize(self.project(batch), dim=-1)}
@@ -52,7 +49,7 @@ class SimCLR(Method):
         num_views = len(embeddings["z"])
         anchors = embeddings["z"].flatten(0, 1)
         everyone = distributed.gather_with_grad(anchors)
-        offset = distributed.rank() * len(anchors)
+        offset = distributed.row_offset(len(anchors))
         temperature, decoupled = self.config.temperature, self.config.decoupled
         if self.config.needs_labels:
             labels = distributed.all_gather_rows(batch.labels.repeat(num_views))

@@ -28,7 +28,9 @@ class SimSiam(Method):
     """Each view's prediction looks for the other view's embedding, which stands still (section 3, algorithm 1)."""
 
     Config = SimSiamConfig
+    config: SimSiamConfig
     couples_samples = False
+    target = "z"  # algorithm 1
 
     def __init__(self, config: SimSiamConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
         super().__init__(config, encoder, image_size=image_size, seed=seed)

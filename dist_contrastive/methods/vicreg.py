@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from dist_contrastive.batch import Batch
-from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, require
+from dist_contrastive.config import HeadConfig, MethodConfig, require
 from dist_contrastive.losses.redundancy import vicreg
 from dist_contrastive.methods.base import Embeddings, Losses, Method
 
@@ -34,11 +34,8 @@ class VICReg(Method):
     """Views close, dimensions spread out and unlike one another, over the global batch."""
 
     Config = VICRegConfig
+    config: VICRegConfig
     max_views = 2
-
-    def __init__(self, config: VICRegConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
-        super().__init__(config, encoder, image_size=image_size, seed=seed)
-        self.config = config
 
     def embed(self, batch: Batch) -> Embeddings:
         return {"z": self.project(batch)}

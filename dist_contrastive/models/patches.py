@@ -51,12 +51,12 @@ class RowContext(nn.Module):
         return context
 
 
-class StepPredictions(nn.Module):
-    """One linear map W_k for each number of rows ahead, k = 1 to `steps` (van den Oord et al. 2018, equation 3)."""
+class RowPredictions(nn.Module):
+    """One linear map W_k for each number of rows ahead, k = 1 to `rows_ahead` (van den Oord et al. 2018, equation 3)."""
 
-    def __init__(self, context_size: int, output_size: int, steps: int) -> None:
+    def __init__(self, context_size: int, output_size: int, rows_ahead: int) -> None:
         super().__init__()
-        self.maps = nn.ModuleList(nn.Linear(context_size, output_size, bias=False) for _ in range(steps))
+        self.maps = nn.ModuleList(nn.Linear(context_size, output_size, bias=False) for _ in range(rows_ahead))
 
     def forward(self, context: Float[Tensor, "n g g d"]) -> list[Tensor]:
         """For each k the predictions [N, G - k, G, E] of rows k to G - 1, made from rows 0 to G - 1 - k."""

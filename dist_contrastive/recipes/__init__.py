@@ -6,7 +6,8 @@ from the named source, not results of this code.
 
 from collections.abc import Callable
 
-from dist_contrastive.config import TrainConfig
+from dist_contrastive.cli import nearest
+from dist_contrastive.config import TrainConfig, require
 from dist_contrastive.recipes import cifar10, imagenet, photos
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
@@ -42,3 +43,9 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     )
 }
 DEFAULT_RECIPE = "photos"
+
+
+def build_recipe(name: str) -> TrainConfig:
+    """The config of the recipe `name`; `UserError` with the nearest name where there is none."""
+    require(name in RECIPES, f"unknown recipe {name}{nearest(name, RECIPES)}; recipes: {', '.join(RECIPES)}")
+    return RECIPES[name]()

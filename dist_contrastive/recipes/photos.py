@@ -196,7 +196,7 @@ def photos_cpc() -> TrainConfig:
     Source:   van den Oord et al. 2018, section 3.2, with larger patches and fewer rows ahead, for images of 32 pixels.
     """
     method = CPCConfig(
-        projector=HeadConfig(layers=1, output_size=128), patch_size=16, patch_stride=8, steps=2, context_size=128
+        projector=HeadConfig(layers=1, output_size=128), patch_size=16, patch_stride=8, rows_ahead=2, context_size=128
     )
     config = _method("photos_cpc", method)
     return replace(config, augment=replace(config.augment, num_views=1))

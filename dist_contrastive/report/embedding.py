@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from dist_contrastive.losses.statistics import rank_of_spectrum
+from dist_contrastive.losses.statistics import effective_rank_of_spectrum
 from dist_contrastive.report.inputs import RunReport, Section, class_name, shorten, unit_rows
 from dist_contrastive.report.style import BLUE, CLASS_COLORS, CLASS_MARKERS, VERMILION, new_figure
 
@@ -36,13 +36,8 @@ def spectrum(inputs: RunReport) -> tuple[Section, Figure | None]:
         shares = np.asarray(values, dtype=np.float64) / np.sum(values)
         visible = np.where(shares > floor, shares, np.nan)
         ax.plot(np.arange(1, len(shares) + 1), visible, color=color, marker="o" if len(shares) < 20 else None)
-        drawn.append(
-            (
-                visible,
-                f"{name}: effective rank {rank_of_spectrum(torch.from_numpy(np.clip(shares, 0.0, None))):.1f} of {len(shares)}",
-                color,
-            )
-        )
+        effective_rank = effective_rank_of_spectrum(torch.from_numpy(np.clip(shares, 0.0, None)))
+        drawn.append((visible, f"{name}: effective rank {effective_rank:.1f} of {len(shares)}", color))
     if not drawn:
         return Section("spectrum", title, missing="there are no features to take it from"), None
     for row, (_, text, color) in enumerate(reversed(drawn)):

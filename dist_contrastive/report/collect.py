@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dist_contrastive import distributed, rng
+from dist_contrastive.batch import Share
 from dist_contrastive.config import TrainConfig, to_dict
 from dist_contrastive.data.augment import Augment, to_displayable
 from dist_contrastive.data.beton import TEST, TRAIN, Dataset
@@ -16,7 +17,7 @@ from dist_contrastive.evaluation.features import extract
 from dist_contrastive.losses.statistics import covariance_spectrum
 from dist_contrastive.metrics import read_metrics
 from dist_contrastive.models.encoders import Encoder
-from dist_contrastive.report import RunReport
+from dist_contrastive.report.inputs import RunReport
 
 MAX_SAMPLES = 5000  # enough for a spectrum and a map, little enough to hold the thumbnails of ImageNet's test images
 THUMBNAIL_SIDE = 64
@@ -73,7 +74,7 @@ def example_views(config: TrainConfig, dataset: Dataset) -> tuple[np.ndarray, np
     num_examples = min(NUM_EXAMPLES, dataset.manifest.num_train)
     with train_epoch(
         dataset, config.data, config.augment,
-        seed=config.seed, epoch=0, global_batch=num_examples, rank=0, num_ranks=1, threads=1,
+        seed=config.seed, epoch=0, share=Share(num_examples), threads=1,
     ) as batches:  # fmt: skip
         batch = Augment(config.augment, config.seed)(next(batches), torch.device("cpu"))
     views = to_displayable(batch.views, config.augment).transpose(0, 1)
