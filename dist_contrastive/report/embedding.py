@@ -65,9 +65,9 @@ def _stratified(labels: np.ndarray, limit: int) -> np.ndarray:
     shuffled = labels[order]
     by_class = np.argsort(shuffled, kind="stable")
     counts = np.unique(shuffled, return_counts=True)[1]
-    # A sample's rank within its class decides: the first of every class, then the second, ...
-    rank_in_class = np.concatenate([np.arange(count) for count in counts]) if len(counts) else np.zeros(0, np.int64)
-    chosen = by_class[np.argsort(rank_in_class, kind="stable")[:limit]]
+    # A sample's place within its class decides: the first of every class, then the second, ...
+    place_in_class = np.concatenate([np.arange(count) for count in counts]) if len(counts) else np.zeros(0, np.int64)
+    chosen = by_class[np.argsort(place_in_class, kind="stable")[:limit]]
     return np.sort(order[chosen])
 
 
