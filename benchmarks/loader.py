@@ -35,7 +35,8 @@ from dist_contrastive.atomic import write_atomic
 from dist_contrastive.batch import Share
 from dist_contrastive.cli import main_guard, parse
 from dist_contrastive.config import AugmentConfig, DataConfig, require
-from dist_contrastive.data.beton import TRAIN, Dataset, open_dataset
+from dist_contrastive.data.beton import Dataset, open_dataset
+from dist_contrastive.data.format import TRAIN
 from dist_contrastive.data.loader import fair_threads, train_epoch
 
 OURS, FFCV, TORCHVISION = "dist_contrastive", "FFCV", "torchvision, PIL"

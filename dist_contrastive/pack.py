@@ -18,9 +18,7 @@ from tyro.conf import Positional
 
 from dist_contrastive.cli import main_guard, parse
 from dist_contrastive.config import require
-from dist_contrastive.data.beton import require_ffcv
-from dist_contrastive.data.packing import LARGEST_SIDE, MAX_BAD, MAX_SIDE, QUALITY, write_dataset
-from dist_contrastive.data.sources import open_source
+from dist_contrastive.data.format import LARGEST_SIDE, MAX_BAD, MAX_SIDE, QUALITY
 
 PROG = "python -m dist_contrastive.pack"
 
@@ -62,6 +60,11 @@ class PackConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(PackConfig, argv, prog=PROG)
+
+    from dist_contrastive.data.beton import require_ffcv
+    from dist_contrastive.data.packing import write_dataset
+    from dist_contrastive.data.sources import open_source
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite end removes the unfinished file as Ctrl-C does
     start = time.monotonic()
     require_ffcv()  # before a download

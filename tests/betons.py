@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dist_contrastive.data.beton import TEST, TRAIN, BetonWriter, Manifest, manifest_path
+from dist_contrastive.data.beton import BetonWriter
+from dist_contrastive.data.format import TEST, TRAIN, Manifest, manifest_path
 
 
 def picture(height: int, width: int, seed: int) -> np.ndarray:

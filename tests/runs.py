@@ -20,7 +20,7 @@ from dist_contrastive.config import (
 )  # fmt: skip
 from dist_contrastive.methods.simclr import SimCLRConfig
 from dist_contrastive.metrics import read_metrics
-from dist_contrastive.train import train
+from dist_contrastive.run import train
 from tests.betons import picture, write_beton
 
 NUM_TRAIN, NUM_TEST, GLOBAL_BATCH = 100, 30, 16

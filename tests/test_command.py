@@ -19,7 +19,8 @@ from dist_contrastive import cli
 from dist_contrastive.config import UserError
 from dist_contrastive.metrics import read_metrics
 from dist_contrastive.probe import read_config
-from dist_contrastive.train import EXIT_STOPPED, parse, train
+from dist_contrastive.run import train
+from dist_contrastive.train import EXIT_STOPPED, parse
 from tests.harness import run_ranks
 from tests.runs import NUM_TEST, NUM_TRAIN, STEPS_PER_EPOCH, newest_checkpoint, write_dataset
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import TrainConfig
-from dist_contrastive.data.beton import manifest_path, open_dataset
+from dist_contrastive.data.beton import open_dataset
+from dist_contrastive.data.format import manifest_path
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.base import Embeddings, Losses
 from dist_contrastive.methods.simclr import SimCLR
-from dist_contrastive.train import train
+from dist_contrastive.run import train
 from dist_contrastive.trainer import NonFiniteError
 from tests.betons import jpeg, picture, write_beton
 from tests.harness import RankError, run_ranks

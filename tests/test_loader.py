@@ -19,7 +19,8 @@ from dist_contrastive import rng
 from dist_contrastive.batch import Batch, Share
 from dist_contrastive.config import AugmentConfig, DataConfig, UserError
 from dist_contrastive.data import loader
-from dist_contrastive.data.beton import TEST, TRAIN, Dataset, open_dataset
+from dist_contrastive.data.beton import Dataset, open_dataset
+from dist_contrastive.data.format import TEST, TRAIN
 from dist_contrastive.data.loader import Epoch, eval_pass, fair_threads, random_boxes, train_epoch
 from tests.betons import decoded, jpeg, picture, write_beton
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from dist_contrastive.cli import parse
 from dist_contrastive.config import DataConfig, UserError
-from dist_contrastive.data.beton import TEST, TRAIN, Dataset, manifest_path, open_dataset
+from dist_contrastive.data.beton import Dataset, open_dataset
+from dist_contrastive.data.format import TEST, TRAIN, manifest_path
 from dist_contrastive.data.loader import eval_pass
 from dist_contrastive.data.packing import BadImageError, read_rgb, write_dataset
 from dist_contrastive.data.sources import Sample, Source, open_source

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from dist_contrastive.config import UserError
-from dist_contrastive.data.beton import TEST, TRAIN
+from dist_contrastive.data.format import TEST, TRAIN
 from dist_contrastive.data.sources import PATCH_SIDE, PHOTOS, TEST_SHARE, Sample, Source, open_source
 
 

@@ -8,8 +8,7 @@ that matches is refused, and every address is checked to lie inside the file bef
 
 import ctypes
 import hashlib
-import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +18,7 @@ import numba.typed
 import numpy as np
 
 from dist_contrastive.config import UserError, require
+from dist_contrastive.data.format import PACK_COMMAND, TEST, TRAIN, Manifest, manifest_path
 
 DECODE_SYMBOL = "dist_contrastive_imdecode"
 
@@ -41,14 +41,6 @@ else:
     llvmlite.binding.add_symbol(DECODE_SYMBOL, ctypes.cast(ffcv.libffcv.lib.imdecode, ctypes.c_void_p).value)
 finally:
     numba.typed.Dict = _numba_dict
-
-TRAIN, TEST = 0, 1
-"""Values of the field `split`."""
-
-FORMAT = 1
-"""The manifest's format; a file of another one has to be packed again."""
-
-PACK_COMMAND = "python -m dist_contrastive.pack SOURCE OUT.beton"
 
 IMAGE_FIELD, LABEL_FIELD, SPLIT_FIELD = "image", "label", "split"
 
@@ -82,75 +74,6 @@ def require_ffcv() -> None:
             f"FFCV can't be loaded ({_ffcv_error}): `apt-get install libopencv-dev libturbojpeg0-dev pkg-config g++`, "
             "then `pip install ffcv`"
         )
-
-
-def manifest_path(path: Path) -> Path:
-    """Where the manifest of the packed dataset `path` lies."""
-    return path.with_name(path.name + ".json")
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A bad image that is not in the dataset."""
-
-    name: str
-    """Its path, or its name within the source."""
-    reason: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a packed dataset should be; written last, so that a dataset with a manifest is complete."""
-
-    num_samples: int
-    num_train: int
-    num_test: int
-    classes: tuple[str, ...]
-    """Names of the classes; a label is a position here."""
-    num_jpeg: int
-    """How many samples are JPEGs; the others are raw RGB."""
-    smallest_width: int
-    largest_width: int
-    smallest_height: int
-    largest_height: int
-    mean: tuple[float, float, float]
-    """Of each channel over all pixels of the training split (of all samples where there is none), in [0, 1]."""
-    std: tuple[float, float, float]
-    """Standard deviation of each channel over the same pixels, in units of the full range."""
-    source: str
-    """Where the images came from, as it was given to pack."""
-    left_out: tuple[LeftOut, ...]
-    num_bytes: int
-    sha256: str
-    """Of the whole `.beton`, in hexadecimal."""
-    format: int = FORMAT
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @staticmethod
-    def read(path: Path) -> "Manifest":
-        """Read the manifest file `path`; raises `UserError` where it is not one that this version writes."""
-        again = f"pack the dataset again: {PACK_COMMAND}"
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            found = data["format"]
-            require(found == FORMAT, f"{path} has format {found}, this version reads format {FORMAT}; {again}")
-            data["left_out"] = tuple(LeftOut(**entry) for entry in data["left_out"])
-            for name in ("classes", "mean", "std"):
-                data[name] = tuple(data[name])
-            manifest = Manifest(**data)
-        except UserError:
-            raise
-        except OSError as error:
-            raise UserError(f"{path} can't be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a manifest that pack wrote; {again}") from error
-        for field in fields(Manifest):
-            if field.type is int:
-                value = getattr(manifest, field.name)
-                require(type(value) is int and value >= 0, f"{path}: {field.name} is {value!r}; {again}")
-        return manifest
 
 
 @dataclass(frozen=True)

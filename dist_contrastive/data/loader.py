@@ -34,7 +34,8 @@ import torch
 from dist_contrastive import rng
 from dist_contrastive.batch import Batch, Share
 from dist_contrastive.config import AugmentConfig, DataConfig, require
-from dist_contrastive.data.beton import TRAIN, TURBOJPEG_DECODE, Dataset
+from dist_contrastive.data.beton import TURBOJPEG_DECODE, Dataset
+from dist_contrastive.data.format import TRAIN
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 CROP = int(rng.Stream.CROP)

@@ -26,22 +26,19 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dist_contrastive.atomic import sync_folder, write_atomic
 from dist_contrastive.config import UserError, require
-from dist_contrastive.data.beton import (
-    PAGE_SIZE,
+from dist_contrastive.data.beton import PAGE_SIZE, BetonWriter
+from dist_contrastive.data.format import (
+    MAX_BAD,
+    MAX_SIDE,
+    QUALITY,
     TEST,
     TRAIN,
-    BetonWriter,
     LeftOut,
     Manifest,
     manifest_path,
 )
 from dist_contrastive.data.sources import Sample, Source
 
-QUALITY = 90
-MAX_SIDE = 512
-MAX_BAD = 100
-LARGEST_SIDE = 65500
-"""Pixels: libjpeg's limit."""
 MAX_RAW_PIXELS = 64 * 64
 """Images of at most this many pixels (12 KiB) are stored raw."""
 

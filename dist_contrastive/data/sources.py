@@ -18,7 +18,7 @@ from torchvision.datasets import CIFAR10
 
 from dist_contrastive import rng
 from dist_contrastive.config import UserError, require
-from dist_contrastive.data.beton import TEST, TRAIN
+from dist_contrastive.data.format import TEST, TRAIN
 
 SOURCES = "photos, cifar10[:DIR] or folder:DIR"
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dist_contrastive import distributed
 from dist_contrastive.config import AugmentConfig, DataConfig, ProbeConfig, require
-from dist_contrastive.data.beton import TEST, TRAIN, Dataset
+from dist_contrastive.data.beton import Dataset
+from dist_contrastive.data.format import TEST, TRAIN
 from dist_contrastive.evaluation.features import extract, raw_pixels
 from dist_contrastive.evaluation.knn import knn_predict
 from dist_contrastive.evaluation.linear import linear_probe

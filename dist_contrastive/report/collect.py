@@ -11,7 +11,8 @@ from dist_contrastive import distributed, rng
 from dist_contrastive.batch import Share
 from dist_contrastive.config import TrainConfig, to_dict
 from dist_contrastive.data.augment import Augment, to_displayable
-from dist_contrastive.data.beton import TEST, TRAIN, Dataset
+from dist_contrastive.data.beton import Dataset
+from dist_contrastive.data.format import TEST, TRAIN
 from dist_contrastive.data.loader import eval_pass, train_epoch
 from dist_contrastive.evaluation.features import extract
 from dist_contrastive.losses.statistics import covariance_spectrum

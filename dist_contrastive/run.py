@@ -1,0 +1,261 @@
+"""A run: connect the ranks, open the dataset and the run's folder, build, fit, conclude."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from accelerate import Accelerator
+
+from dist_contrastive import distributed
+from dist_contrastive.checkpoint import save_module
+from dist_contrastive.config import TrainConfig, require, to_dict
+from dist_contrastive.data.beton import Dataset, open_dataset
+from dist_contrastive.data.format import TRAIN
+from dist_contrastive.data.loader import Epoch, fair_threads, steps_per_epoch, train_epoch
+from dist_contrastive.evaluation.protocol import ProbeRunner
+from dist_contrastive.launch import connect, describe_machine
+from dist_contrastive.metrics import MetricsLog, StepTimer
+from dist_contrastive.models.encoders import Encoder
+from dist_contrastive.progress import TrainingProgress, print_scores
+from dist_contrastive.report import write_report
+from dist_contrastive.report.collect import collect_report
+from dist_contrastive.run_folder import RunFolder
+from dist_contrastive.trainer import Trainer, build_method
+
+
+def train(config: TrainConfig) -> bool:
+    """Run what `config` describes; whether it ran to its end (or else was stopped, to be resumed)."""
+    accelerator = connect(config)
+    # One rank of each host reads the whole file to verify it; the others trust that rank.
+    dataset = distributed.together(lambda: open_dataset(config.data.path, verify=distributed.local_rank() == 0))
+    require(
+        not config.method.needs_labels or len(dataset.manifest.classes) > 1,
+        f"{config.method.name} is to learn from labels, and {config.data.path} has none: all its samples are of one class",
+    )
+    with open_run_folder(config) as (folder, start):
+        run = Run(config, accelerator, dataset, folder)
+        try:
+            run.begin(start)
+            if not fit(run):
+                return False
+            run.conclude()
+        finally:
+            run.close()
+    return True
+
+
+def fit(run: "Run") -> bool:
+    """Train to the end; False if the ranks agreed to stop before it."""
+    trainer, progress, config = run.trainer, run.progress, run.config
+    with progress, trainer.signals_stop():
+        while trainer.epoch < config.epochs:
+            epoch = trainer.epoch
+            with run.batches() as batches:
+                for batch in batches:
+                    batch = dataclasses.replace(batch, wants_report=trainer.is_logged(trainer.step + 1))
+                    values = trainer.update(batch)
+                    progress.advance(trainer.step, epoch, run.log(epoch, values, batches.wait_ms))
+                    if trainer.stopping or trainer.step == config.stop_after_steps:
+                        run.stop(epoch)
+                        return False
+            run.end_epoch(epoch)
+    return True
+
+
+@contextmanager
+def open_run_folder(config: TrainConfig) -> Iterator[tuple[RunFolder | None, Literal["fresh", "resume"]]]:
+    """The run's folder, locked, on rank 0 (None elsewhere), and on every rank whether the run starts or goes on."""
+    folder = distributed.together(lambda: RunFolder(config.run_dir) if distributed.is_main() else None)
+    try:
+        start = distributed.together(lambda: folder.open(config) if folder else None)
+        yield folder, distributed.broadcast_object(start)
+    finally:
+        if folder:
+            folder.close()
+
+
+class Run:
+    """One run: its trainer, its data, its folder and logs, its probe.
+
+    `folder` and `metrics` are there on rank 0 alone, which alone writes; everything else is on every rank.
+    """
+
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, dataset: Dataset, folder: RunFolder | None
+    ) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.folder = folder
+        self.threads = fair_threads(config.data.threads, distributed.local_ranks())
+        self.trainer = Trainer(
+            config,
+            accelerator,
+            steps_per_epoch=steps_per_epoch(len(dataset.indices(TRAIN)), config.batch.size),
+            dataset_sha256=dataset.manifest.sha256,
+        )
+        self.probe: ProbeRunner | None = None
+        if config.probe.enabled:
+            self.probe = ProbeRunner(
+                dataset,
+                data=config.data,
+                augment=config.augment,
+                probe=config.probe,
+                seed=config.seed,
+                device=accelerator.device,
+                threads=self.threads,
+            )
+        self.scores: dict[str, Any] = {"baselines": {}, "history": []}
+        self.machine = describe_machine(accelerator)
+        self.metrics: MetricsLog | None = None
+        self.timer = StepTimer(config.batch.size, accelerator.device)
+        self.seconds = 0.0
+        """Time spent in this run before it was last resumed, in seconds."""
+        self.begun = time.monotonic()
+
+    def begin(self, start: Literal["fresh", "resume"]) -> None:
+        """Take over the newest checkpoint that verifies, if there is one."""
+        trainer, config = self.trainer, self.config
+        if start == "resume":
+            newest = trainer.store.newest() if distributed.is_main() else None
+            step = distributed.broadcast_object(newest.step if newest else None)
+            if step is not None:
+                extra = distributed.together(lambda: trainer.restore(newest or trainer.store.load(step)))
+                self.scores, self.seconds = extra["scores"], extra["seconds"]
+        self.progress = TrainingProgress(
+            trainer.total_steps, trainer.step, config.epochs, visible=distributed.is_main()
+        )
+        trainer.large_batch.say = self.progress.say
+        plan = trainer.plan_memory() if config.batch.micro == "auto" and not trainer.large_batch.micro else None
+        if plan:
+            self.machine["memory_plan"] = to_dict(plan)
+        if self.folder:
+            self.metrics = MetricsLog(self.folder.path, trainer.step)
+            self.folder.write_json("machine.json", self.machine)
+        self._introduce(start)
+        if plan:
+            self.progress.say(plan.describe())
+        self.timer.restart()
+
+    def _introduce(self, start: Literal["fresh", "resume"]) -> None:
+        trainer, config, machine = self.trainer, self.config, self.machine
+        say = self.progress.say
+        say(
+            f"{config.recipe}: {config.method.name}, {config.encoder.name} ({trainer.num_parameters / 1e6:.1f} M parameters with "
+            f"projector), {self.dataset.path} ({self.dataset.manifest.num_train:,} training samples), {config.run_dir}"
+        )
+        say(
+            f"{machine['ranks']} rank(s), {machine['device']}, {machine['backend']}, {machine['precision']}; global batch "
+            f"{config.batch.size}, learning rate {config.optim.learning_rate:g} per 256 samples = "
+            f"{trainer.peak_learning_rate:g}; {config.epochs} epochs of {trainer.steps_per_epoch} steps"
+        )
+        if start == "resume":
+            say(f"goes on after step {trainer.step} of {trainer.total_steps}")
+
+    def batches(self) -> Epoch:
+        """What is left of the current epoch, for this rank."""
+        return train_epoch(
+            self.dataset,
+            self.config.data,
+            self.config.augment,
+            seed=self.config.seed,
+            epoch=self.trainer.epoch,
+            share=distributed.share_of(self.config.batch.size),
+            threads=self.threads,
+            start_step=self.trainer.step_in_epoch,
+            pin_memory=self.trainer.device.type == "cuda",
+        )
+
+    def log(self, epoch: int, values: dict[str, float], wait_ms: float) -> dict[str, float] | None:
+        """Count a step and, at the steps that are logged, write its metrics and return them."""
+        self.timer.count(wait_ms)
+        step = self.trainer.step
+        if not self.trainer.is_logged(step):
+            return None
+        values = {**values, **self.timer.read()}
+        if self.metrics:
+            self.metrics.write(step, epoch, values)
+        return values
+
+    def end_epoch(self, epoch: int) -> None:
+        """Probe and checkpoint where they are due."""
+        self._probe_where_due(epoch)
+        if (epoch + 1) % self.config.checkpoint.every == 0 or epoch + 1 == self.config.epochs:
+            self.save()
+        self.timer.restart()
+
+    def stop(self, epoch: int) -> None:
+        """Save so that the same command goes on as if nothing had happened."""
+        if self.trainer.step_in_epoch == 0:  # the resumed run starts in the next epoch
+            self._probe_where_due(epoch)
+        self.save()
+        self.progress.say(f"stopped after step {self.trainer.step}; {self.trainer.resume_hint} goes on from there")
+
+    def _probe_where_due(self, epoch: int) -> None:
+        """The last epoch's probe is `conclude`'s."""
+        done = epoch + 1
+        if self.config.probe.every and done % self.config.probe.every == 0 and done < self.config.epochs:
+            self.score(done)
+
+    def score(self, epochs_done: int) -> None:
+        """Probe the encoder as it is and write probe.json; the first probe also scores the baselines."""
+        if not self.probe:
+            return
+        if not self.scores["baselines"]:
+            self.scores["baselines"] = self.probe.baselines(self.untrained_encoder())
+        result = self.probe.score(self.trainer.method.encoder)
+        self.scores["history"].append({"epoch": epochs_done, "step": self.trainer.step, **result})
+        if self.folder and self.metrics:
+            self.folder.write_json("probe.json", self.summary())
+            self.metrics.scalars(self.trainer.step, {f"probe/{k}": result[k] for k in ("linear_top1", "knn_top1")})
+        self.progress.say(
+            f"probe after epoch {epochs_done}: linear {result['linear_top1']:.3f}, kNN {result['knn_top1']:.3f}"
+        )
+
+    def summary(self) -> dict[str, Any] | None:
+        """What probe.json holds; None without a probe."""
+        return self.probe.summary(self.scores["baselines"], self.scores["history"]) if self.probe else None
+
+    def untrained_encoder(self) -> Encoder:
+        """The encoder as it was before the first step: its weights are a function of the config."""
+        return build_method(self.config).encoder.to(self.trainer.device)
+
+    def save(self) -> None:
+        """Commit a checkpoint of everything that an uninterrupted run would have in memory."""
+        self.trainer.save({"scores": self.scores, "seconds": self.elapsed()})
+
+    def elapsed(self) -> float:
+        """Seconds spent in this run, what was spent before it was last resumed included."""
+        return self.seconds + time.monotonic() - self.begun
+
+    def conclude(self) -> None:
+        """The last probe, the encoder for others to use, the report, and DONE."""
+        config, trainer = self.config, self.trainer
+        self.score(config.epochs)
+        report = collect_report(
+            config,
+            self.dataset,
+            encoder=trainer.method.encoder,
+            untrained=self.untrained_encoder(),
+            device=trainer.device,
+            threads=self.threads,
+            probe=self.summary(),
+            machine={**self.machine, "duration_s": round(self.elapsed(), 1)},
+        )
+        if not self.folder or not self.metrics or not report:
+            return
+        text = {"config": json.dumps(to_dict(config))}
+        save_module(self.folder.path / "encoder.safetensors", trainer.method.encoder, text)
+        save_module(self.folder.path / "projector.safetensors", trainer.method.projector, text)
+        page = write_report(report)
+        self.folder.finish()
+        if report.probe:
+            print_scores(report.probe)
+        self.progress.say(f"report: {page}\nDONE in {self.elapsed():.0f} s")
+
+    def close(self) -> None:
+        """Bring the logs to disk; however the run ended, its last steps are what one wants to see."""
+        if self.metrics:
+            self.metrics.close()
