@@ -18,7 +18,7 @@ from dist_contrastive.data.loader import Epoch, fair_threads, steps_per_epoch, t
 from dist_contrastive.evaluation.protocol import ProbeRunner
 from dist_contrastive.launch import connect, describe_machine
 from dist_contrastive.metrics import MetricsLog, StepTimer
-from dist_contrastive.models.encoders import Encoder
+from dist_contrastive.models.base import Encoder
 from dist_contrastive.progress import TrainingProgress, print_scores
 from dist_contrastive.report import write_report
 from dist_contrastive.report.collect import collect_report

@@ -20,6 +20,7 @@ from dist_contrastive.large_batch import LargeBatch
 from dist_contrastive.launch import precision_of
 from dist_contrastive.memory_plan import MemoryPlan, make_plan
 from dist_contrastive.methods import METHODS, Method
+from dist_contrastive.models.encoders import build_encoder
 from dist_contrastive.optim import build_optimizer, peak_learning_rate
 
 # A loss scaler that had to go below this no longer helps: the gradients themselves are not finite.
@@ -40,7 +41,8 @@ def build_method(config: TrainConfig) -> Method:
         f"--augment.num-views {views}: {config.method.name} needs {wanted} views",
     )
     torch.manual_seed(rng.step_seed(config.seed, 0, 0))
-    return cls(config.method, config.encoder, image_size=config.data.image_size, seed=config.seed)
+    encoder = build_encoder(config.encoder, config.data.image_size)
+    return cls(config.method, encoder, seed=config.seed)
 
 
 class Trainer:

@@ -17,7 +17,7 @@ from tests import harness  # noqa: E402, F401 - it sets its own preload, which t
 
 # The server that ranks are forked from imports this file before the modules that it checks.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["torch", "tests.conftest", "dist_contrastive.methods", "tests.harness"]
+    ["torch", "tests.conftest", "dist_contrastive.methods", "dist_contrastive.models.encoders", "tests.harness"]
 )
 
 # Threads that share the work of tensors as small as these mostly wait for one another.

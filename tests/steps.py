@@ -11,6 +11,7 @@ from dist_contrastive.distributed import rank, world_size
 from dist_contrastive.large_batch import LargeBatch
 from dist_contrastive.methods import METHODS, Method
 from dist_contrastive.methods.base import Losses
+from dist_contrastive.models.encoders import build_encoder
 
 GLOBAL_BATCH = 8
 SIDE = 16
@@ -19,7 +20,7 @@ SIDE = 16
 def build(name: str, encoder: EncoderConfig) -> Method:
     torch.manual_seed(0)
     config = METHODS[name].Config(projector=HeadConfig(layers=2, hidden_size=32, output_size=16))
-    method = METHODS[name](config, encoder, image_size=SIDE, seed=0)
+    method = METHODS[name](config, build_encoder(encoder, SIDE), seed=0)
     # timm starts residual branches at zero, which would hide their gradients.
     for parameter in method.parameters():
         if parameter.ndim == 1 and not parameter.any():

@@ -15,6 +15,7 @@ from dist_contrastive.batch import Batch
 from dist_contrastive.config import EncoderConfig, HeadConfig, UserError
 from dist_contrastive.methods.base import Embeddings
 from dist_contrastive.methods.cpc import CPC, CPCConfig
+from dist_contrastive.models.encoders import build_encoder
 from tests.harness import run_ranks
 from tests.steps import losses_of
 
@@ -25,7 +26,8 @@ SIDE, ROWS_AHEAD, TEMPERATURE = 3, 2, 0.3
 def cpc(encoder: EncoderConfig = GROUP, *, image_size: int = 16, **options: Any) -> CPC:
     torch.manual_seed(0)
     projector = HeadConfig(layers=1, output_size=8)
-    return CPC(CPCConfig(projector=projector, context_size=8, **options), encoder, image_size=image_size, seed=0)
+    config = CPCConfig(projector=projector, context_size=8, **options)
+    return CPC(config, build_encoder(encoder, image_size), seed=0)
 
 
 def small_grid(encoder: EncoderConfig = GROUP) -> CPC:

@@ -14,6 +14,7 @@ from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, Use
 from dist_contrastive.methods.base import Method
 from dist_contrastive.methods.moco import MoCo, MoCoConfig
 from dist_contrastive.methods.mocov3 import MoCoV3, MoCoV3Config
+from dist_contrastive.models.encoders import build_encoder
 from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.schedules import ema_momentum
 from tests.harness import run_ranks
@@ -27,7 +28,8 @@ HEAD = HeadConfig(layers=2, hidden_size=32, output_size=16)
 
 def small_moco(*, seed: int = 0, encoder: EncoderConfig = GROUP, norm_groups: int = 8) -> MoCo:
     torch.manual_seed(seed)
-    return MoCo(MoCoConfig(projector=HEAD, queue=24, norm_groups=norm_groups), encoder, image_size=SIDE, seed=0)
+    config = MoCoConfig(projector=HEAD, queue=24, norm_groups=norm_groups)
+    return MoCo(config, build_encoder(encoder, SIDE), seed=0)
 
 
 def gradients(method: Method, loss: Tensor) -> list[Tensor]:

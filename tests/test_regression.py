@@ -13,6 +13,7 @@ from dist_contrastive.losses.regression import cross_view_cosine
 from dist_contrastive.methods.base import Method
 from dist_contrastive.methods.byol import BYOL, BYOLConfig
 from dist_contrastive.methods.simsiam import SimSiam, SimSiamConfig
+from dist_contrastive.models.encoders import build_encoder
 from dist_contrastive.schedules import ema_momentum
 from tests.harness import run_ranks
 from tests.steps import build, losses_of, share_of_batch
@@ -185,7 +186,8 @@ def test_initial_weights_depend_on_torchs_seed_alone(method: Any, config: Any) -
     states = []
     for seed in (0, 1):
         torch.manual_seed(7)
-        built = method(config(projector=HeadConfig(hidden_size=32, output_size=16)), GROUP, image_size=16, seed=seed)
+        head = HeadConfig(hidden_size=32, output_size=16)
+        built = method(config(projector=head), build_encoder(GROUP, 16), seed=seed)
         states.append(built.state_dict())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())

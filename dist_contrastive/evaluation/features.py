@@ -12,7 +12,7 @@ from dist_contrastive.config import AugmentConfig, DataConfig
 from dist_contrastive.data.augment import to_normalized
 from dist_contrastive.data.beton import Dataset
 from dist_contrastive.data.loader import eval_pass
-from dist_contrastive.models.encoders import Encoder
+from dist_contrastive.models.base import Encoder
 
 BATCH_SIZE = 256
 

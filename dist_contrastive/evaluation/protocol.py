@@ -20,7 +20,7 @@ from dist_contrastive.data.format import TEST, TRAIN
 from dist_contrastive.evaluation.features import extract, raw_pixels
 from dist_contrastive.evaluation.knn import knn_predict
 from dist_contrastive.evaluation.linear import linear_probe
-from dist_contrastive.models.encoders import Encoder
+from dist_contrastive.models.base import Encoder
 
 RAW_SIDE = 32
 """Raw pixels are taken at this side at most: at 224 a linear classifier would have 150,000 inputs."""

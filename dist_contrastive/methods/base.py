@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
-from dist_contrastive.config import EncoderConfig, MethodConfig
+from dist_contrastive.config import MethodConfig
 from dist_contrastive.losses.statistics import effective_rank, positive_cosine
-from dist_contrastive.models.encoders import Encoder, build_encoder
+from dist_contrastive.models.base import Encoder
 from dist_contrastive.models.heads import KeyedDropout, build_head
 from dist_contrastive.rng import sample_keys
 
@@ -46,13 +46,13 @@ class Method(nn.Module, ABC):
     """Whether the loss of a sample depends on other samples of its batch. If not, the loss is a mean over samples, and
     micro-batches need no gradient caching."""
 
-    def __init__(self, config: MethodConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
+    def __init__(self, config: MethodConfig, encoder: Encoder, *, seed: int) -> None:
         super().__init__()
         self.config = config
         self.seed = seed
-        self.encoder: Encoder = build_encoder(encoder, image_size)
-        self.dropout = KeyedDropout(encoder.dropout)
-        self.projector = build_head(config.projector, self.encoder.feature_size, encoder.norm)
+        self.encoder = encoder
+        self.dropout = KeyedDropout(encoder.config.dropout)
+        self.projector = build_head(config.projector, encoder.feature_size, encoder.config.norm)
 
     @abstractmethod
     def embed(self, batch: Batch) -> Embeddings:

@@ -6,9 +6,10 @@ from typing import Annotated
 import tyro
 
 from dist_contrastive.batch import Batch
-from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, require_momentum
+from dist_contrastive.config import HeadConfig, MethodConfig, require_momentum
 from dist_contrastive.losses.regression import cross_view_cosine
 from dist_contrastive.methods.base import Embeddings, Losses, Method
+from dist_contrastive.models.base import Encoder
 from dist_contrastive.models.heads import build_predictor
 from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.schedules import ema_momentum
@@ -38,9 +39,9 @@ class BYOL(Method):
     couples_samples = False
     target = "k"  # equation 3
 
-    def __init__(self, config: BYOLConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
-        super().__init__(config, encoder, image_size=image_size, seed=seed)
-        self.predictor = build_predictor(config.predictor, config.projector.output_size, encoder.norm)
+    def __init__(self, config: BYOLConfig, encoder: Encoder, *, seed: int) -> None:
+        super().__init__(config, encoder, seed=seed)
+        self.predictor = build_predictor(config.predictor, config.projector.output_size, encoder.config.norm)
         self.teacher = Teacher(self.student)
 
     def embed(self, batch: Batch) -> Embeddings:

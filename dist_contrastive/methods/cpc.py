@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
-from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, UserError, require, require_positive
+from dist_contrastive.config import HeadConfig, MethodConfig, UserError, require, require_positive
 from dist_contrastive.losses.infonce import indexed_nce
 from dist_contrastive.methods.base import Embeddings, Losses, Method, Report
+from dist_contrastive.models.base import Encoder
 from dist_contrastive.models.patches import RowContext, RowPredictions, cut_patches, grid_side
 from dist_contrastive.rng import fold, sample_keys
 
@@ -61,15 +62,15 @@ class CPC(Method):
     config: CPCConfig
     min_views = 1
 
-    def __init__(self, config: CPCConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
-        super().__init__(config, encoder, image_size=image_size, seed=seed)
-        self.patch_size = config.patch_size or max(1, image_size // 4)
+    def __init__(self, config: CPCConfig, encoder: Encoder, *, seed: int) -> None:
+        super().__init__(config, encoder, seed=seed)
+        self.patch_size = config.patch_size or max(1, encoder.image_size // 4)
         self.patch_stride = config.patch_stride or max(1, self.patch_size // 2)
-        self.side = grid_side(image_size, self.patch_size, self.patch_stride)
+        self.side = grid_side(encoder.image_size, self.patch_size, self.patch_stride)
         if self.side <= config.rows_ahead:
             raise UserError(
                 f"--method.rows-ahead {config.rows_ahead}: patches of {self.patch_size} pixels, {self.patch_stride} apart, make "
-                f"{max(0, self.side)} rows of an image of {image_size} pixels; give more rows than are predicted"
+                f"{max(0, self.side)} rows of an image of {encoder.image_size} pixels; give more rows than are predicted"
             )
         size = config.projector.output_size
         self.context = RowContext(size, config.context_size, config.context_layers)

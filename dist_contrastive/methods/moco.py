@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch, balanced_slices
-from dist_contrastive.config import EncoderConfig, MethodConfig, require, require_momentum, require_positive
+from dist_contrastive.config import MethodConfig, require, require_momentum, require_positive
 from dist_contrastive.losses.infonce import queue_nce
 from dist_contrastive.losses.statistics import positive_cosine
 from dist_contrastive.methods.base import Embeddings, Losses, Method, Report
+from dist_contrastive.models.base import Encoder
 from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.rng import Stream, fold, sample_keys
 
@@ -66,9 +67,9 @@ class MoCo(Method):
     queue: Tensor
     queue_pointer: Tensor
 
-    def __init__(self, config: MoCoConfig, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
-        super().__init__(config, encoder, image_size=image_size, seed=seed)
-        self.norm_groups = 1 if encoder.norm == "group" else config.norm_groups
+    def __init__(self, config: MoCoConfig, encoder: Encoder, *, seed: int) -> None:
+        super().__init__(config, encoder, seed=seed)
+        self.norm_groups = 1 if encoder.config.norm == "group" else config.norm_groups
         self.teacher = Teacher(self.student)
         rows = F.normalize(torch.randn(config.queue, config.projector.output_size), dim=1)
         self.register_buffer("queue", rows)

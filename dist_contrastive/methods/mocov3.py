@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
-from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, require_momentum, require_positive
+from dist_contrastive.config import HeadConfig, MethodConfig, require_momentum, require_positive
 from dist_contrastive.losses.infonce import indexed_nce
 from dist_contrastive.methods.base import Embeddings, Losses, Method
+from dist_contrastive.models.base import Encoder
 from dist_contrastive.models.heads import build_predictor
 from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.schedules import ema_momentum
@@ -46,9 +47,9 @@ class MoCoV3(Method):
     max_views = 2
     target = "k"  # algorithm 1
 
-    def __init__(self, config: MoCoV3Config, encoder: EncoderConfig, *, image_size: int, seed: int) -> None:
-        super().__init__(config, encoder, image_size=image_size, seed=seed)
-        self.predictor = build_predictor(config.predictor, config.projector.output_size, encoder.norm)
+    def __init__(self, config: MoCoV3Config, encoder: Encoder, *, seed: int) -> None:
+        super().__init__(config, encoder, seed=seed)
+        self.predictor = build_predictor(config.predictor, config.projector.output_size, encoder.config.norm)
         self.teacher = Teacher(self.student)
 
     def embed(self, batch: Batch) -> Embeddings:

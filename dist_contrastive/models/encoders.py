@@ -7,7 +7,6 @@ from typing import Any
 
 import timm
 import torch
-from jaxtyping import Float
 from timm.layers import BatchNormAct2d, GroupNormAct
 from timm.models import register_model
 from timm.models.resnet import BasicBlock, ResNet
@@ -15,28 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_contrastive.config import EncoderConfig, UserError
+from dist_contrastive.models.base import Encoder
 from dist_contrastive.models.sync_norm import SyncBatchNorm
 
 CHANNELS_PER_GROUP = 16  # GroupNorm, Wu and He 2018, table 3: as good as 32 groups, and it also serves narrow layers
-
-
-class Encoder(nn.Module):
-    """f: image to feature.
-
-    Attributes:
-        body: the timm model, pooled and without classifier.
-        feature_size: D, the number of features of one image.
-    """
-
-    def __init__(self, body: nn.Module, feature_size: int) -> None:
-        super().__init__()
-        self.body = body
-        self.feature_size = feature_size
-
-    def forward(self, images: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n d"]:
-        """Features [N, D] of normalized images [N, 3, S, S], in the dtype of the encoder's last layer."""
-        features: Tensor = self.body(images)
-        return features
 
 
 def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
@@ -60,7 +41,7 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
         body = _with_norm(body, {"group": _group_norm, "sync": _sync_norm}[config.norm])
     # Where a model has layers between pooling and classifier (MobileNetV3), they are part of it: its features are theirs.
     feature_size: Any = getattr(body, "head_hidden_size", None) or body.num_features
-    encoder = Encoder(body, feature_size=int(feature_size))
+    encoder = Encoder(body, int(feature_size), config, image_size)
     return encoder.to(memory_format=torch.channels_last)
 
 

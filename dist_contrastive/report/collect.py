@@ -17,7 +17,7 @@ from dist_contrastive.data.loader import eval_pass, train_epoch
 from dist_contrastive.evaluation.features import extract
 from dist_contrastive.losses.statistics import covariance_spectrum
 from dist_contrastive.metrics import read_metrics
-from dist_contrastive.models.encoders import Encoder
+from dist_contrastive.models.base import Encoder
 from dist_contrastive.report.inputs import RunReport
 
 MAX_SAMPLES = 5000  # enough for a spectrum and a map, little enough to hold the thumbnails of ImageNet's test images
