@@ -151,7 +151,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_follow_one(name: str, dataset: Path, tmp_path: Path) -> None:
     one = config_of(name, tmp_path / "one", dataset, norm="group", stop_after_steps=20)
     # AdamW divides a gradient by its own size: where it is nothing but rounding, a weight moves a full step all the same.
-    one = replace(one, optim=replace(one.optim, name="sgd", learning_rate=0.8))
+    one = replace(one, optim=replace(one.optim, name="sgd", learning_rate=0.2))
     run_ranks(train_on_rank, 1, one)
     run_ranks(train_on_rank, 2, replace(one, run_dir=tmp_path / "two"))
     assert len(losses_of(one.run_dir)) == 20
