@@ -59,6 +59,18 @@ class Share:
         return slice(start, start + self.rank_batch)
 
 
+def steps_per_epoch(num_samples: int, global_batch: int) -> int:
+    """Whole global batches in an epoch of `num_samples`; the incomplete last one is dropped.
+
+    Errors: UserError where there is not one.
+    """
+    require(
+        global_batch <= num_samples,
+        f"--batch.global {global_batch} is more than the {num_samples} training samples: give at most {num_samples}",
+    )
+    return num_samples // global_batch
+
+
 def balanced_slices(num_samples: int, count: int) -> list[slice]:
     """`count` slices over `num_samples`, in order, whose sizes differ by at most one."""
     bounds = [num_samples * number // count for number in range(count + 1)]

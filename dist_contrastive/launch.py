@@ -13,67 +13,39 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from dist_contrastive import distributed
-from dist_contrastive.config import TrainConfig, UserError, require
-
-ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-PRECISIONS = {name: precision for precision, name in ACCELERATE_NAMES.items()}
+from dist_contrastive.config import TrainConfig, UserError
+from dist_contrastive.preflight import ACCELERATE_NAMES, PRECISIONS, check_ranks, device_and_precision, launched_ranks
 
 
 def connect(config: TrainConfig) -> Accelerator:
     """The Accelerator of this rank, checked; `UserError` where what was launched is not what was asked for."""
-    wanted = config.launch
-    use_cpu = wanted.device == "cpu" or (wanted.device == "auto" and not torch.cuda.is_available())
-    require(
-        wanted.device != "cuda" or torch.cuda.is_available(), "--launch.device cuda: torch sees no CUDA device here"
-    )
-    precision: str = wanted.precision
-    if precision == "auto":
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        require(
-            launched in PRECISIONS, f"mixed precision {launched} of the launch is not supported; use no, bf16 or fp16"
-        )
-        precision = PRECISIONS[launched]
-    use_cpu = use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    if use_cpu:
-        require(precision != "fp16", "fp16 needs a GPU; on a CPU use --launch.precision bf16 or fp32")
-    else:
-        require(
-            precision != "bf16" or torch.cuda.is_bf16_supported(), "this GPU has no bf16; use --launch.precision fp16"
-        )
+    device, precision = device_and_precision(config.launch)
     accelerator = Accelerator(
-        cpu=use_cpu,
+        cpu=device == "cpu",
         mixed_precision=ACCELERATE_NAMES[precision],
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=wanted.timeout_minutes)),
+            InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=config.launch.timeout_minutes)),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
-    _check(config, accelerator, use_cpu)
+    _check(config, accelerator, device)
     cores = len(os.sched_getaffinity(0))
-    if use_cpu:
+    if device == "cpu":
         torch.set_num_threads(max(1, cores // distributed.local_ranks()))
     return accelerator
 
 
-def _check(config: TrainConfig, accelerator: Accelerator, use_cpu: bool) -> None:
-    ranks, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", 1))
+def _check(config: TrainConfig, accelerator: Accelerator, device: str) -> None:
+    ranks, launched = accelerator.num_processes, launched_ranks()
     if ranks != launched or distributed.world_size() != ranks:
         raise UserError(f"the launcher started {launched} ranks, but accelerate connected {ranks}; see launch_configs/")
-    if config.launch.ranks not in (0, ranks):
-        raise UserError(
-            f"{ranks} rank(s) were launched, --launch.ranks asks for {config.launch.ranks}; use accelerate launch "
-            "--config_file launch_configs/… (its --cpu --num_processes N starts a single process)"
-        )
-    device = "cpu" if use_cpu else "cuda"
     if accelerator.device.type != device:
         raise UserError(f"the run got device {accelerator.device.type}, not {device}; check the launch config")
     if distributed.is_distributed():
         backend = {"cpu": "gloo", "cuda": "nccl"}[device]
         if dist.get_backend() != backend:
             raise UserError(f"the ranks talk over {dist.get_backend()}, not {backend}; check the launch config")
-    rank_batch, micro = distributed.share_of(config.batch.size).rank_batch, config.batch.micro
-    if micro != "auto" and micro > rank_batch:
-        raise UserError(f"--batch.micro {micro}: a rank has {rank_batch} samples of a step; give at most that, or auto")
+    check_ranks(config, ranks)
 
 
 def precision_of(accelerator: Accelerator) -> str:

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 
-from dist_contrastive import distributed
+from dist_contrastive import distributed, preflight
+from dist_contrastive.batch import steps_per_epoch
 from dist_contrastive.checkpoint import save_module
-from dist_contrastive.config import TrainConfig, require, to_dict
+from dist_contrastive.config import TrainConfig, to_dict
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import TRAIN
-from dist_contrastive.data.loader import Epoch, fair_threads, steps_per_epoch, train_epoch
+from dist_contrastive.data.loader import Epoch, fair_threads, train_epoch
 from dist_contrastive.evaluation.protocol import ProbeRunner
 from dist_contrastive.launch import connect, describe_machine
 from dist_contrastive.metrics import MetricsLog, StepTimer
@@ -31,10 +32,7 @@ def train(config: TrainConfig) -> bool:
     accelerator = connect(config)
     # One rank of each host reads the whole file to verify it; the others trust that rank.
     dataset = distributed.together(lambda: open_dataset(config.data.path, verify=distributed.local_rank() == 0))
-    require(
-        not config.method.needs_labels or len(dataset.manifest.classes) > 1,
-        f"{config.method.name} is to learn from labels, and {config.data.path} has none: all its samples are of one class",
-    )
+    preflight.check_dataset(config, dataset.manifest)
     with open_run_folder(config) as (folder, start):
         run = Run(config, accelerator, dataset, folder)
         try:

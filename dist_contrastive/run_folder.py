@@ -57,32 +57,9 @@ class RunFolder:
         """
         if config.overwrite:
             self._clear()
-        if (self.path / "DONE").exists():
-            raise UserError(f"{self.path} holds a finished run; pass --overwrite or another --run-dir")
-        config_path = self.path / "config.json"
-        if config_path.exists():
-            if config.resume == "never":
-                raise UserError(
-                    f"{self.path} holds an unfinished run; pass --resume auto, --overwrite or another --run-dir"
-                )
-            try:
-                differing = differences(dict(json.loads(config_path.read_bytes())), to_dict(config))
-            except (ValueError, TypeError) as error:
-                raise UserError(
-                    f"{config_path} is no config ({error}); pass --overwrite or another --run-dir"
-                ) from error
-            if differing:
-                raise UserError(
-                    f"{self.path} was started with another config ({'; '.join(differing)}); "
-                    "give the same one, --overwrite or another --run-dir"
-                )
-            self._write_config(config)
-            return "resume"
-        foreign = [name for name in OWN_NAMES if (self.path / name).exists()]
-        if foreign:
-            raise UserError(f"{self.path} holds {foreign[0]} but no config.json; pass --overwrite or another --run-dir")
-        self._write_config(config)
-        return "fresh"
+        start = start_of(self.path, config)
+        self.write_json("config.json", to_dict(config))
+        return start
 
     def _clear(self) -> None:
         # DONE goes first: a folder that is half deleted must not look finished.
@@ -92,9 +69,6 @@ class RunFolder:
                 shutil.rmtree(target)
             else:
                 target.unlink(missing_ok=True)
-
-    def _write_config(self, config: TrainConfig) -> None:
-        self.write_json("config.json", to_dict(config))
 
     def write_json(self, name: str, value: Any) -> None:
         self._write(name, json.dumps(value, indent=1).encode())
@@ -108,3 +82,34 @@ class RunFolder:
             write_atomic(self.path / name, data)
         except OSError as error:
             raise UserError(f"{self.path / name} can't be written ({error.strerror})") from error
+
+
+def start_of(path: Path, config: TrainConfig) -> Literal["fresh", "resume"]:
+    """Whether the run of `config` starts fresh in the folder `path`, which need not be there, or goes on; writes nothing.
+
+    `UserError` where it holds a finished run, one of another config, or what no run left there.
+    """
+    try:
+        if (path / "DONE").exists():
+            raise UserError(f"{path} holds a finished run; pass --overwrite or another --run-dir")
+        config_path = path / "config.json"
+        if not config_path.exists():
+            foreign = [name for name in OWN_NAMES if (path / name).exists()]
+            if foreign:
+                raise UserError(f"{path} holds {foreign[0]} but no config.json; pass --overwrite or another --run-dir")
+            return "fresh"
+        written = config_path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); choose another --run-dir") from error
+    if config.resume == "never":
+        raise UserError(f"{path} holds an unfinished run; pass --resume auto, --overwrite or another --run-dir")
+    try:
+        differing = differences(dict(json.loads(written)), to_dict(config))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{config_path} is no config ({error}); pass --overwrite or another --run-dir") from error
+    if differing:
+        raise UserError(
+            f"{path} was started with another config ({'; '.join(differing)}); "
+            "give the same one, --overwrite or another --run-dir"
+        )
+    return "resume"

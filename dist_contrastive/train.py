@@ -6,7 +6,7 @@ What parses and checks is light; what trains takes seconds to import, and is imp
 import sys
 from collections.abc import Sequence
 
-from dist_contrastive import cli, distributed
+from dist_contrastive import cli, distributed, preflight
 from dist_contrastive.config import TrainConfig
 from dist_contrastive.recipes import DEFAULT_RECIPE, build_recipe
 
@@ -23,6 +23,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(argv)
+    preflight.check(config)
 
     from dist_contrastive.run import train
 

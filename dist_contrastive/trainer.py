@@ -19,7 +19,7 @@ from dist_contrastive.data.augment import Augment
 from dist_contrastive.large_batch import LargeBatch
 from dist_contrastive.launch import precision_of
 from dist_contrastive.memory_plan import MemoryPlan, make_plan
-from dist_contrastive.methods import METHODS, Method
+from dist_contrastive.methods import Method, method_of
 from dist_contrastive.models.encoders import build_encoder
 from dist_contrastive.optim import build_optimizer, peak_learning_rate
 
@@ -33,13 +33,7 @@ class NonFiniteError(UserError):
 
 def build_method(config: TrainConfig) -> Method:
     """The method with its initial weights, a pure function of the config: calling it again gives the untrained encoder."""
-    cls = METHODS[config.method.name]
-    views, most = config.augment.num_views, cls.max_views
-    wanted = f"exactly {most}" if most == cls.min_views else f"at least {cls.min_views}"
-    require(
-        cls.min_views <= views and (most is None or views <= most),
-        f"--augment.num-views {views}: {config.method.name} needs {wanted} views",
-    )
+    cls = method_of(config)
     torch.manual_seed(rng.step_seed(config.seed, 0, 0))
     encoder = build_encoder(config.encoder, config.data.image_size)
     return cls(config.method, encoder, seed=config.seed)

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dist_contrastive import cli
+from dist_contrastive import cli, preflight
 from dist_contrastive.config import UserError
 from dist_contrastive.metrics import read_metrics
 from dist_contrastive.probe import read_config
@@ -146,11 +146,18 @@ def assert_one_line(status: int, errors: str, words: list[str]) -> None:
         assert word in lines[0]
 
 
+def start(argv: list[str]) -> None:
+    """What `main` does on a rank that the harness has connected already."""
+    config = parse(argv)
+    preflight.check(config)
+    train(config)
+
+
 def command(rank: int, argv: list[str]) -> tuple[int, str]:
     """The train command on one of several ranks: its exit status and what it wrote to stderr."""
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
-        status = cli.main_guard(lambda: train(parse(argv)))
+        status = cli.main_guard(lambda: start(argv))
     return status, errors.getvalue()
 
 

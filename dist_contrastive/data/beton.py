@@ -18,7 +18,7 @@ import numba.typed
 import numpy as np
 
 from dist_contrastive.config import UserError, require
-from dist_contrastive.data.format import PACK_COMMAND, TEST, TRAIN, Manifest, manifest_path
+from dist_contrastive.data.format import TEST, TRAIN, Manifest, find_manifest, pack_again
 
 DECODE_SYMBOL = "dist_contrastive_imdecode"
 
@@ -117,17 +117,8 @@ def open_dataset(path: Path, *, verify: bool = True) -> Dataset:
     Raises `UserError` where the file or its manifest is missing, the two do not match, or FFCV can't be loaded.
     """
     require_ffcv()
-    path = Path(path)
-    again = f"pack it again: {PACK_COMMAND.replace('OUT.beton', str(path))}"
-    require(path.is_file(), f"no packed dataset at {path}; write one: {PACK_COMMAND.replace('OUT.beton', str(path))}")
-    beside = manifest_path(path)
-    require(beside.is_file(), f"{path} has no manifest ({beside.name}), it may be incomplete; {again}")
-    manifest = Manifest.read(beside)
-    num_bytes = path.stat().st_size
-    require(
-        num_bytes == manifest.num_bytes,
-        f"{path} has {num_bytes} bytes, its manifest says {manifest.num_bytes}: truncated or replaced; {again}",
-    )
+    again = pack_again(path)
+    manifest = find_manifest(path)
     try:
         if verify:
             with open(path, "rb") as file:
@@ -170,7 +161,7 @@ def open_dataset(path: Path, *, verify: bool = True) -> Dataset:
     )
     # Compiled code follows these without a check of its own.
     raw_bytes = dataset.heights.astype(np.int64) * dataset.widths * 3
-    in_file = (dataset.pointers >= 0) & (dataset.sizes > 0) & (dataset.pointers <= num_bytes - dataset.sizes)
+    in_file = (dataset.pointers >= 0) & (dataset.sizes > 0) & (dataset.pointers <= manifest.num_bytes - dataset.sizes)
     require(
         bool(
             np.array_equal(reader.alloc_table["sample_id"], np.arange(len(labels)))

@@ -89,3 +89,30 @@ class Manifest:
                 value = getattr(manifest, field.name)
                 require(type(value) is int and value >= 0, f"{path}: {field.name} is {value!r}; {again}")
         return manifest
+
+
+def pack_again(path: Path) -> str:
+    """What to do where the packed dataset `path` is not what it should be."""
+    return f"pack it again: {PACK_COMMAND.replace('OUT.beton', str(path))}"
+
+
+def find_manifest(path: Path) -> Manifest:
+    """The manifest of the packed dataset `path`.
+
+    Raises `UserError` where one of the two files is missing or unreadable, or their sizes don't match.
+    """
+    try:
+        require(
+            path.is_file(), f"no packed dataset at {path}; write one: {PACK_COMMAND.replace('OUT.beton', str(path))}"
+        )
+        beside = manifest_path(path)
+        require(beside.is_file(), f"{path} has no manifest ({beside.name}), it may be incomplete; {pack_again(path)}")
+        manifest = Manifest.read(beside)
+        num_bytes = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
+    require(
+        num_bytes == manifest.num_bytes,
+        f"{path} has {num_bytes} bytes, its manifest says {manifest.num_bytes}: truncated or replaced; {pack_again(path)}",
+    )
+    return manifest

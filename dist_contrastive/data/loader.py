@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from dist_contrastive import rng
-from dist_contrastive.batch import Batch, Share
+from dist_contrastive.batch import Batch, Share, steps_per_epoch
 from dist_contrastive.config import AugmentConfig, DataConfig, require
 from dist_contrastive.data.beton import TURBOJPEG_DECODE, Dataset
 from dist_contrastive.data.format import TRAIN
@@ -457,18 +457,6 @@ def _shares(samples: np.ndarray, num_parts: int) -> Iterator[tuple[int, np.ndarr
 def fair_threads(configured: int, local_ranks: int) -> int:
     """Loader threads of one rank: `configured`, or where that is 0 an equal share of the usable cores, at least 1."""
     return configured or max(1, len(os.sched_getaffinity(0)) // local_ranks)
-
-
-def steps_per_epoch(num_samples: int, global_batch: int) -> int:
-    """Whole global batches in an epoch of `num_samples`; the incomplete last one is dropped.
-
-    Errors: UserError where there is not one.
-    """
-    require(
-        global_batch <= num_samples,
-        f"--batch.global {global_batch} is more than the {num_samples} training samples: give at most {num_samples}",
-    )
-    return num_samples // global_batch
 
 
 def train_epoch(

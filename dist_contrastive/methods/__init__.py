@@ -1,5 +1,6 @@
 """Methods, each one file under the contract of `base.Method`."""
 
+from dist_contrastive.config import TrainConfig, require
 from dist_contrastive.methods.barlow import Barlow
 from dist_contrastive.methods.base import Method
 from dist_contrastive.methods.byol import BYOL
@@ -22,3 +23,15 @@ METHODS: dict[str, type[Method]] = {
     "vicreg": VICReg,
     "cpc": CPC,
 }
+
+
+def method_of(config: TrainConfig) -> type[Method]:
+    """The class of the method that `config` names; `UserError` where it can't learn from that number of views."""
+    cls = METHODS[config.method.name]
+    views, most = config.augment.num_views, cls.max_views
+    wanted = f"exactly {most}" if most == cls.min_views else f"at least {cls.min_views}"
+    require(
+        cls.min_views <= views and (most is None or views <= most),
+        f"--augment.num-views {views}: {config.method.name} needs {wanted} views",
+    )
+    return cls
