@@ -2,6 +2,9 @@
 
 A step at the full global batch in micro-batches, beside a plain step at the micro-batch's size: the most memory that each
 holds at once, resident (each in a fresh process) and in tensors, and the time an image takes, in turns within one process.
+
+    python -m benchmarks.large_batch
+    python -m benchmarks.large_batch photos --size 1024 --micro 64 --out large_batch.json
 """
 
 import json
@@ -34,12 +37,15 @@ MIB = 2**20
 @dataclass(frozen=True)
 class Command:
     recipes: Annotated[tuple[str, ...], tyro.conf.Positional] = ("cifar10_cpu", "photos", "photos_mocov3")
+    """The recipes to measure."""
     size: int = 4096
     """Global batch."""
     micro: int = 128
+    """Samples of a micro-batch, and of the plain step beside it."""
     rounds: int = 3
     """How often the two are measured in turns."""
     out: Path = Path("large_batch.json")
+    """Where the numbers go as JSON."""
 
 
 def trainer_and_batch(recipe: str, size: int, micro: int) -> tuple[Trainer, Batch]:
@@ -132,7 +138,7 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = cli.parse(Command, argv, prog=PROG)
+    command = cli.parse(Command, argv, prog=PROG, about=__doc__)
     for recipe in command.recipes:
         build_recipe(recipe)  # a mistyped name is refused before the first measurement
     require(command.size % command.micro == 0, f"--micro {command.micro}: give a divisor of --size {command.size}")

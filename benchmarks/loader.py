@@ -1,11 +1,12 @@
-"""How many images a second does the loader give?
-
-    python -m benchmarks.loader --data data/cifar10.beton --out loader.json
+"""`python -m benchmarks.loader`: how many images a second does the loader give?
 
 Reads a packed dataset and cuts random views, without any further augmentation, three ways side by side: this package's
 loader, FFCV's own `Loader` with one `RandomResizedCropRGBImageDecoder` pipeline for each view, and torchvision's
 `DataLoader` over PIL images (on fewer samples, being slower). Each has one epoch to warm up (compiled code, worker
 processes, the file in memory), then the three take turns, so that a noisy neighbour meets them all.
+
+    python -m benchmarks.loader --data data/cifar10.beton --out loader.json
+    python -m benchmarks.loader --data data/photos.beton --views 1 --batch 256 --pil-samples 0
 """
 
 import io
@@ -189,7 +190,7 @@ def table(config: LoaderBenchmark, threads: int, rates: dict[str, list[float]]) 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse(LoaderBenchmark, argv, prog="python -m benchmarks.loader")
+    config = parse(LoaderBenchmark, argv, prog="python -m benchmarks.loader", about=__doc__)
     machine = hardware()  # before this program makes a load of its own
     dataset = open_dataset(config.data)
     num_train = dataset.manifest.num_train

@@ -3,6 +3,9 @@
 Counts the tensors of a step on the CPU, in bfloat16 where the other machine would use a 16-bit precision, and prints for
 each micro-batch what a step is predicted to take. Nothing is measured: convolution workspaces and the allocator's waste are
 not in it, which is why the plan fills no more than nine tenths.
+
+    python -m benchmarks.memory cifar10_simclr_4096_t4 cifar10_moco_t4
+    python -m benchmarks.memory imagenet_simclr_4096 --memory-gib 80 --ranks 8 --out memory.json
 """
 
 import json
@@ -32,11 +35,15 @@ CONTEXT_GIB = 0.5
 @dataclass(frozen=True)
 class Command:
     recipes: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """The recipes to plan for."""
     memory_gib: float = 16.0
     """Memory of the card, in the units its maker uses (10⁹ bytes)."""
     precision: Literal["fp32", "fp16"] = "fp16"
+    """What the other machine computes in."""
     ranks: int = 1
+    """How many ranks share the global batch."""
     micros: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
+    """Sizes of micro-batches, in samples of a rank, to predict for."""
     out: Path | None = None
     """Where the numbers go as JSON."""
 
@@ -67,7 +74,7 @@ def plan(name: str, command: Command) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = cli.parse(Command, argv, prog=PROG)
+    command = cli.parse(Command, argv, prog=PROG, about=__doc__)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     results = [plan(name, command) for name in command.recipes]

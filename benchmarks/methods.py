@@ -3,6 +3,9 @@
 Trains each recipe once for each seed, by default those on the photographs with seeds 0, 1 and 2, one rank a run and as many
 runs at a time as there are cores, each on a core of its own, and writes a table of scores beside their baselines: mean and
 spread over seeds. A run that is finished already in the folder is not repeated, so an interrupted benchmark goes on.
+
+    python -m benchmarks.methods
+    python -m benchmarks.methods photos photos_byol --seeds 0 1 2 3 4 --out runs/two_methods
 """
 
 import json
@@ -33,7 +36,9 @@ SCORES = ("linear_top1", "knn_top1", "init_linear_top1", "init_knn_top1", "raw_l
 @dataclass(frozen=True)
 class Command:
     recipes: Annotated[tuple[str, ...], tyro.conf.Positional] = PHOTOS
+    """The recipes to train."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    """One run of each recipe for each."""
     out: Path = Path("runs/methods")
     """Runs go to OUT/RECIPE-SEED, the table to OUT/table.md, the numbers to OUT/methods.json."""
     workers: int = 0
@@ -107,7 +112,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = cli.parse(Command, argv, prog=PROG)
+    command = cli.parse(Command, argv, prog=PROG, about=__doc__)
     for recipe in command.recipes:
         build_recipe(recipe)  # a mistyped name is refused before the first run
     command.out.mkdir(parents=True, exist_ok=True)

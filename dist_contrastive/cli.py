@@ -1,7 +1,7 @@
 """What the entry points share: a command line from a dataclass, and one clear line for a user's mistake.
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse(PackConfig, argv, prog="python -m dist_contrastive.pack")
+    config = parse(PackConfig, argv, prog="python -m dist_contrastive.pack", about=__doc__)
     ...
 
 if __name__ == "__main__":
@@ -13,7 +13,9 @@ import difflib
 import io
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, overload
 
@@ -40,15 +42,22 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 @overload
-def parse(cls_or_default: type[T], argv: Sequence[str] | None = None, prog: str | None = None) -> T: ...
+def parse(
+    cls_or_default: type[T], argv: Sequence[str] | None = None, prog: str | None = None, about: str | None = None
+) -> T: ...
 @overload
-def parse(cls_or_default: T, argv: Sequence[str] | None = None, prog: str | None = None) -> T: ...
-def parse(cls_or_default: Any, argv: Sequence[str] | None = None, prog: str | None = None) -> Any:
+def parse(
+    cls_or_default: T, argv: Sequence[str] | None = None, prog: str | None = None, about: str | None = None
+) -> T: ...
+def parse(
+    cls_or_default: Any, argv: Sequence[str] | None = None, prog: str | None = None, about: str | None = None
+) -> Any:
     """Build a dataclass from the command line.
 
     `cls_or_default` is a dataclass, or an instance whose values are the defaults; with an instance, a field that holds
     a subclass of its annotation (`TrainConfig(method=SimCLRConfig())`) gets the subclass's options. `argv` are the
-    arguments without the program's name (None: the process's own); `prog` is what usage lines call the program.
+    arguments without the program's name (None: the process's own); `prog` is what usage lines call the program, and
+    `about` is what its help page says first: an entry point's docstring.
 
     Raises `UserError` with one line where tyro prints a box: an unknown option (with the nearest name), a value of the
     wrong type, a missing value, and whatever the dataclass's own validation refuses. `--help` prints and exits with 0.
@@ -60,8 +69,20 @@ def parse(cls_or_default: Any, argv: Sequence[str] | None = None, prog: str | No
         cls, options = type(cls_or_default), {"default": cls_or_default}
 
     def run(arguments: list[str]) -> Any:
-        return tyro.cli(cls, args=arguments, prog=prog, return_unknown_args=True, **options)
+        # What is fixed is no option; it stays known to the parser, which tells who tries it what it is fixed to.
+        hidden = (tyro.conf.SuppressFixed,) if _asks_for_help(arguments) else ()
+        return tyro.cli(
+            cls,
+            args=arguments,
+            prog=prog,
+            description="" if about else None,
+            return_unknown_args=True,
+            config=(tyro.conf.PositionalMetavarFromFieldName, *hidden),
+            **options,
+        )
 
+    if about and _asks_for_help(args):
+        print(_reflow(about), end="\n\n")
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -103,6 +124,19 @@ def main_guard(function: Callable[[], object]) -> int:
         print(f"error: interrupted {error}".rstrip(), file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _asks_for_help(arguments: Sequence[str]) -> bool:
+    return "-h" in arguments or "--help" in arguments
+
+
+def _reflow(text: str) -> str:
+    """Paragraphs at the width of the terminal; indented lines (commands) stay as they are."""
+    width = shutil.get_terminal_size().columns
+    paragraphs = text.strip().split("\n\n")
+    return "\n\n".join(
+        paragraph if paragraph.startswith(" ") else textwrap.fill(paragraph, width) for paragraph in paragraphs
+    )
 
 
 def _help_hint(prog: str | None) -> str:

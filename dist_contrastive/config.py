@@ -38,6 +38,8 @@ def require_momentum(option: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """The packed dataset and how it is read."""
+
     path: Path = Path("data/photos.beton")
     """The packed dataset (`python -m dist_contrastive.pack SOURCE OUT.beton` writes one)."""
     image_size: int = 32
@@ -64,6 +66,7 @@ class AugmentConfig:
     """Random views. Probabilities hold one value for all views or one for each (BYOL's asymmetric pair)."""
 
     num_views: int = 2
+    """Views of each sample; methods say how many they need."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area of the random crop as a fraction of the image's."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -73,9 +76,13 @@ class AugmentConfig:
     jitter: tuple[float, ...] = (0.8,)
     """Probability of colour jitter (brightness, contrast, saturation and hue in an order drawn for each view)."""
     brightness: float = 0.4
+    """Strength s of colour jitter: the factor is drawn from [1 - s, 1 + s]."""
     contrast: float = 0.4
+    """As brightness."""
     saturation: float = 0.4
+    """As brightness."""
     hue: float = 0.1
+    """Strength s of colour jitter: the shift is drawn from [-s, s], where 1 is the whole circle of hues."""
     grayscale: tuple[float, ...] = (0.2,)
     """Probability of dropping colour."""
     blur: tuple[float, ...] = (0.5,)
@@ -85,6 +92,7 @@ class AugmentConfig:
     solarize: tuple[float, ...] = (0.0,)
     """Probability of solarization: values from the threshold up are inverted."""
     solarize_threshold: float = 0.5
+    """As a fraction of the full range."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Subtracted from each channel, in units of the full range; evaluation normalizes the same way."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -112,6 +120,8 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
+    """The network from image to feature."""
+
     name: str = "resnet18"
     """Any timm model by name, or one of this package's small ones (resnet10_w16, resnet10_w32, resnet10_w64)."""
     stem: Literal["standard", "small"] = "standard"
@@ -130,6 +140,7 @@ class HeadConfig:
     """A multilayer perceptron: the projector from feature to embedding, or a predictor from embedding to embedding."""
 
     layers: Literal[1, 2, 3] = 2
+    """Linear layers; between two of them are a normalization and a ReLU."""
     hidden_size: int = 0
     """Width of the hidden layers; 0 takes the size of the head's input."""
     output_size: int = 128
@@ -163,6 +174,8 @@ class MethodConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
+    """The global batch, and in what pieces it is computed."""
+
     size: Annotated[int, tyro.conf.arg(name="global")] = 256
     """Samples of one optimizer step over all ranks."""
     micro: int | Literal["auto"] = 0
@@ -182,7 +195,10 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """The optimizer and its schedule: a linear warm-up, then a cosine to zero."""
+
     name: Literal["adamw", "sgd", "lars"] = "adamw"
+    """lars is made for global batches of thousands."""
     learning_rate: float = 3e-4
     """Per 256 samples of the global batch: the peak is this times global batch / 256."""
     weight_decay: float = 1e-4
@@ -204,11 +220,16 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ProbeConfig:
+    """Scores of the frozen encoder: a linear classifier and kNN on its features."""
+
     enabled: bool = True
+    """Without probes a run needs no test split and gives no scores."""
     every: int = 0
     """Epochs between probes; 0 probes at the end only."""
     knn_k: int = 200
+    """How many nearest training images vote."""
     knn_temperature: float = 0.1
+    """A vote weighs exp(cosine similarity / temperature)."""
     strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
     """L2 strengths to choose from, per sample: the penalty is strength / 2 · |weights|² beside the mean loss."""
     holdout: float = 0.1
@@ -224,6 +245,8 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """What a run can be resumed from."""
+
     every: int = 1
     """Epochs between checkpoints; the last epoch always ends with one."""
     keep: int = 2
@@ -241,6 +264,7 @@ class LaunchConfig:
     ranks: int = 0
     """Number of ranks that must be there; 0 takes what was launched."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto takes what `accelerate launch` was told (fp32 if nothing)."""
     timeout_minutes: float = 30.0
@@ -258,7 +282,9 @@ class TrainConfig:
     run_dir: Path = Path("runs/run")
     """Where everything about the run is written."""
     seed: int = 0
+    """Of everything random: weights, order, crops, augmentation. The same seed gives the same run."""
     epochs: int = 10
+    """Passes over the training split."""
     resume: Literal["auto", "never"] = "auto"
     """auto continues an unfinished run of the same folder; never refuses a folder that holds one."""
     overwrite: bool = False

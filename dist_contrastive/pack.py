@@ -3,6 +3,10 @@
 SOURCE is `photos` (patches of photographs that come with the installed packages; no network), `cifar10` (downloaded once,
 or taken from `cifar10:DIR`) or `folder:DIR` (class folders of images). The dataset is OUT.beton with its checksum and its
 statistics in OUT.beton.json; one that exists is replaced.
+
+    python -m dist_contrastive.pack photos data/photos.beton
+    python -m dist_contrastive.pack cifar10:path/to/download data/cifar10.beton
+    python -m dist_contrastive.pack folder:path/to/images data/mine.beton --max-side 256
 """
 
 import signal
@@ -59,7 +63,7 @@ class PackConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse(PackConfig, argv, prog=PROG)
+    config = parse(PackConfig, argv, prog=PROG, about=__doc__)
 
     from dist_contrastive.data.beton import require_ffcv
     from dist_contrastive.data.packing import write_dataset

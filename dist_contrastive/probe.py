@@ -2,6 +2,10 @@
 
 A finished run's encoder is scored as training scored it and `probe.json` is written anew; a checkpoint's scores go to
 `probes/step-XXXXXXXX.json`.
+
+    python -m dist_contrastive.probe runs/photos
+    python -m dist_contrastive.probe runs/photos --checkpoint 18
+    python -m dist_contrastive.probe runs/photos --data elsewhere/photos.beton --device cpu
 """
 
 import json
@@ -29,6 +33,7 @@ class ProbeCommand:
     data: Path | None = None
     """The packed dataset, where it is no longer at the path of the run's config."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU where there is one."""
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -49,7 +54,7 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = cli.parse(ProbeCommand, argv, prog=PROG)
+    command = cli.parse(ProbeCommand, argv, prog=PROG, about=__doc__)
     config = read_config(command.run)
 
     from dist_contrastive.score import probe

@@ -11,6 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+WARM_UP_STEPS = 3
+"""First steps of a process, which compile and fill caches: they tell nothing of the time that is left."""
+TIMED_STEPS = 5
+"""How many steps after them the time left is taken from at least."""
+
 
 class TrainingProgress:
     """A context manager around the training loop; silent on ranks other than 0."""
@@ -23,6 +28,7 @@ class TrainingProgress:
         self._last_epoch = -1
         self._total_steps = total_steps
         self._last_step_at = time.monotonic()
+        self._num_steps = 0
         self._step_seconds: deque[float] = deque(maxlen=100)
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -48,7 +54,9 @@ class TrainingProgress:
     def advance(self, step: int, epoch: int, values: dict[str, float] | None) -> None:
         """`step` updates are done, the last in `epoch` (from 0); `values` are its metrics where it was logged."""
         now = time.monotonic()
-        self._step_seconds.append(now - self._last_step_at)
+        self._num_steps += 1
+        if self._num_steps > WARM_UP_STEPS:
+            self._step_seconds.append(now - self._last_step_at)
         self._last_step_at = now
         left = self._time_left(step)
         self._progress.update(self._task, completed=step, epoch=f"{epoch + 1}/{self._epochs}", left=left)
@@ -57,11 +65,14 @@ class TrainingProgress:
         numbers = f"loss {values['loss']:.3f}  {values['images_per_s']:,.0f} images/s"
         self._progress.update(self._task, numbers=numbers)
         if self._visible and not self._live and epoch != self._last_epoch:
-            print(f"epoch {epoch + 1}/{self._epochs}, step {step}: {numbers}, {left}", flush=True)
+            parts = [f"epoch {epoch + 1}/{self._epochs}, step {step}: {numbers}", *([left] if left else [])]
+            print(", ".join(parts), flush=True)
             self._last_epoch = epoch
 
     def _time_left(self, step: int) -> str:
-        """Of training alone: the median leaves out the slow first step and the pauses for probes and checkpoints."""
+        """Of training alone: the median leaves out the pauses for probes and checkpoints. Empty before enough was timed."""
+        if len(self._step_seconds) < TIMED_STEPS:
+            return ""
         minutes, seconds = divmod(round(statistics.median(self._step_seconds) * (self._total_steps - step)), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours} h {minutes:02d} min left" if hours else f"{minutes} min {seconds:02d} s left"

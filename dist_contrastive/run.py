@@ -15,7 +15,7 @@ from dist_contrastive.checkpoint import save_module
 from dist_contrastive.config import TrainConfig, to_dict
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import TRAIN
-from dist_contrastive.data.loader import Epoch, fair_threads, train_epoch
+from dist_contrastive.data.loader import Epoch, announced_compilation, fair_threads, train_epoch
 from dist_contrastive.evaluation.protocol import ProbeRunner
 from dist_contrastive.launch import connect, describe_machine
 from dist_contrastive.metrics import MetricsLog, StepTimer
@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> bool:
 def fit(run: "Run") -> bool:
     """Train to the end; False if the ranks agreed to stop before it."""
     trainer, progress, config = run.trainer, run.progress, run.config
-    with progress, trainer.signals_stop():
+    with progress, trainer.signals_stop(), announced_compilation(progress.say):
         while trainer.epoch < config.epochs:
             epoch = trainer.epoch
             with run.batches() as batches:

@@ -12,7 +12,7 @@ from dist_contrastive.atomic import write_atomic
 from dist_contrastive.checkpoint import CheckpointStore, Tensors, load_module
 from dist_contrastive.config import TrainConfig, UserError, require
 from dist_contrastive.data.beton import open_dataset
-from dist_contrastive.data.loader import fair_threads
+from dist_contrastive.data.loader import announced_compilation, fair_threads
 from dist_contrastive.evaluation.protocol import ProbeRunner
 from dist_contrastive.progress import print_scores
 from dist_contrastive.trainer import build_method
@@ -56,7 +56,8 @@ def probe(
         threads=fair_threads(config.data.threads, local_ranks=1),
     )
     encoder = build_method(config).encoder.to(device)
-    baselines = runner.baselines(encoder)  # not trained yet: its weights are a function of the config
+    with announced_compilation(print):
+        baselines = runner.baselines(encoder)  # not trained yet: its weights are a function of the config
     load_module(encoder, tensors)
     steps_per_epoch = dataset.manifest.num_train // config.batch.size
     done: dict[str, float] = {"epoch": config.epochs, "step": config.epochs * steps_per_epoch}

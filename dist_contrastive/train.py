@@ -1,6 +1,14 @@
 """`accelerate launch -m dist_contrastive.train [RECIPE] [--field.name VALUE ...]`: train an encoder and measure it.
 
-What parses and checks is light; what trains takes seconds to import, and is imported once there is something to train.
+RECIPE is a config with a name (photos if none is given); --list tells what there is. The options replace single fields of it.
+
+    python -m dist_contrastive.train --list
+    accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_byol --run-dir runs/byol
+    python -m dist_contrastive.train photos --epochs 2 --batch.global 256 --run-dir runs/short
+    accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_simclr \\
+        --data.path data/mine.beton --data.image-size 96 --encoder.name resnet18 --run-dir runs/mine
+
+A run that was stopped goes on where it stopped when the same command is given again.
 """
 
 import sys
@@ -8,17 +16,23 @@ from collections.abc import Sequence
 
 from dist_contrastive import cli, distributed, preflight
 from dist_contrastive.config import TrainConfig
-from dist_contrastive.recipes import DEFAULT_RECIPE, build_recipe
+from dist_contrastive.recipes import DEFAULT_RECIPE, build_recipe, list_recipes
 
 PROG = "python -m dist_contrastive.train"
 EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command goes on from where this one stopped
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
-    """The config of a command line: a recipe's name (photos if none is given), then `--field.name VALUE` pairs."""
+    """The config of a command line: a recipe's name (photos if none is given), then `--field.name VALUE` pairs.
+
+    `--help` and `--list` print and exit.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
+    if "--list" in args:
+        print(list_recipes())
+        sys.exit()
     name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
-    return cli.parse(build_recipe(name), args, prog=f"{PROG} {name}")
+    return cli.parse(build_recipe(name), args, prog=f"{PROG} {name}", about=__doc__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

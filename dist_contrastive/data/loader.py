@@ -21,6 +21,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Thread, current_thread
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple, Self
 import numba
 import numpy as np
 import torch
+from numba.core import event
 
 from dist_contrastive import rng
 from dist_contrastive.batch import Batch, Share, steps_per_epoch
@@ -54,6 +56,27 @@ def _cached(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # no folder that numba could write to: compile in every process
         return numba.njit(nogil=True)(function)
+
+
+class _Announcement(event.Listener):
+    """Says once that something is being compiled."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self._say = say
+        self._said = False
+
+    def on_start(self, event: event.Event) -> None:
+        if not self._said:
+            self._said = True
+            self._say("compiling the loader: about 20 s, the first time on this machine")
+
+    def on_end(self, event: event.Event) -> None:
+        pass
+
+
+def announced_compilation(say: Callable[[str], object]) -> AbstractContextManager[object]:
+    """Within it, `say` is called with one line when the loader has to be compiled: what one waits for then."""
+    return event.install_listener("numba:compile", _Announcement(say))
 
 
 class Scratch(NamedTuple):

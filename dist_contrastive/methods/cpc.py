@@ -35,6 +35,7 @@ class CPCConfig(MethodConfig):
     context_layers: int = 3
     """Each lets the context see one row further up."""
     context_size: int = 256
+    """Size of the summary of the rows above, from which is predicted."""
     temperature: float = 0.1
     """Divides the cosine similarities of prediction and patch; the papers have inner products of free length instead, which
     need their long schedules to grow."""

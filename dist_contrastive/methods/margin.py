@@ -15,6 +15,8 @@ from dist_contrastive.methods.base import Embeddings, Losses, Method
 
 @dataclass(frozen=True)
 class MarginConfig(MethodConfig):
+    """Pairs of views against pairs of samples, by their distance."""
+
     name: Annotated[str, tyro.conf.Fixed] = "margin"
     margin: float = 1.0
     """The distance beyond which a negative costs nothing; embeddings of unit length are 0 to 2 apart, √2 on average where

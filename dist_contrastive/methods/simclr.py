@@ -19,6 +19,8 @@ from dist_contrastive.methods.base import Embeddings, Losses, Method
 
 @dataclass(frozen=True)
 class SimCLRConfig(MethodConfig):
+    """SimCLR and two variants of its loss."""
+
     name: Annotated[str, tyro.conf.Fixed] = "simclr"
     temperature: float = 0.1
     """Divides the cosine similarities; smaller weighs the hardest negatives more."""

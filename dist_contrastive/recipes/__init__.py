@@ -1,9 +1,11 @@
-"""Recipes: functions that return a `TrainConfig`. Each docstring states command, cost, expected score and source.
+"""Recipes: functions that return a `TrainConfig`. Each docstring says what it is, then command, cost, score and source.
 
-Costs and scores marked "measured" point to their record under benchmarks/records/; the others are expectations taken
-from the named source, not results of this code.
+What precedes the first semicolon of Cost, Measured and Expected is what the list of recipes shows. A score under Measured
+points to its record under benchmarks/records/; one under Expected is taken from the named source, no result of this code.
 """
 
+import inspect
+import re
 from collections.abc import Callable
 
 from dist_contrastive.cli import nearest
@@ -47,5 +49,28 @@ DEFAULT_RECIPE = "photos"
 
 def build_recipe(name: str) -> TrainConfig:
     """The config of the recipe `name`; `UserError` with the nearest name where there is none."""
-    require(name in RECIPES, f"unknown recipe {name}{nearest(name, RECIPES)}; recipes: {', '.join(RECIPES)}")
+    require(
+        name in RECIPES,
+        f"unknown recipe {name}{nearest(name, RECIPES)}; `python -m dist_contrastive.train --list` shows all of them",
+    )
     return RECIPES[name]()
+
+
+def list_recipes() -> str:
+    """A line for each recipe: its name, what it is, what it costs, and its measured and expected scores."""
+    rows = [("recipe", "what", "cost", "linear, kNN", "expected")]
+    for name, recipe in RECIPES.items():
+        what, facts = summary_of(recipe)
+        measured = ", ".join(re.findall(r"\d\.\d+(?: ± \d\.\d+)?", facts.get("Measured", ""))) or "-"
+        rows.append((name, what, facts["Cost"], measured, facts.get("Expected", "-")))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    note = "linear, kNN: measured with this code; expected: what the recipe's source reports, or its aim; -: neither"
+    return "\n".join([*lines, "", note])
+
+
+def summary_of(recipe: Callable[[], TrainConfig]) -> tuple[str, dict[str, str]]:
+    """What a recipe's docstring says in short: its first sentence, and the heads of Cost, Measured and Expected."""
+    text = inspect.getdoc(recipe) or ""
+    facts = dict(re.findall(r"^(Cost|Measured|Expected): +([^;]+);", text, re.MULTILINE))
+    return text.partition("\n")[0].removesuffix("."), facts

@@ -31,11 +31,13 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 
 def cifar10_simclr() -> TrainConfig:
-    """The reference: SimCLR with a ResNet-50 at batch 256.
+    """SimCLR, ResNet-50, batch 256.
+
+    The reference.
 
     Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_simclr
-    Cost:     80 epochs of ResNet-50 at 32×32 (expected about 2 hours on one A100-class GPU; not measured here).
-    Score:    linear at least 0.88 is the aim; not measured yet.
+    Cost:     unknown, 1 GPU; 80 epochs of ResNet-50 at 32×32; about 2 hours are expected on one A100-class GPU.
+    Expected: linear 0.88; the aim, at least.
     Source:   hyper-parameters as stated by the project's reference; small stem from SimCLR, appendix B.9.
     """
     return TrainConfig(
@@ -62,11 +64,13 @@ def cifar10_simclr() -> TrainConfig:
 
 
 def cifar10_simclr_4096() -> TrainConfig:
-    """SimCLR's large-batch regime: LARS, global batch 4096, ResNet-50.
+    """SimCLR, LARS, batch 4096.
+
+    The large-batch regime with a ResNet-50.
 
     Command:  accelerate launch --config_file launch_configs/node_8gpu.yaml -m dist_contrastive.train cifar10_simclr_4096
-    Cost:     100 epochs; about 10 GiB a GPU on eight of them at bf16 (expected, not measured).
-    Score:    not measured. SimCLR, figure B.7, reports about 0.93 at 100 epochs and batch 4096 after tuning the rate.
+    Cost:     unknown, 8 GPUs; 100 epochs; about 10 GiB a GPU on eight of them at bf16 are expected.
+    Expected: linear 0.93; about that, by SimCLR's figure B.7 at 100 epochs and batch 4096 after tuning the rate.
     Source:   SimCLR, appendix B.9 (LARS, weight decay 1e-6, temperature 0.5, learning rate 1.0 at 256, no blur).
     """
     base = cifar10_simclr()
@@ -84,13 +88,15 @@ def cifar10_simclr_4096() -> TrainConfig:
 
 
 def cifar10_simclr_4096_t4() -> TrainConfig:
-    """SimCLR's global batch of 4096 on a single GPU of 16 GB: gradient caching in micro-batches that the memory plan finds.
+    """SimCLR's 4096 on a 16 GB GPU.
+
+    A ResNet-18, with gradient caching in micro-batches that the memory plan finds.
 
     Command:  accelerate launch --config_file launch_configs/t4.yaml -m dist_contrastive.train cifar10_simclr_4096_t4
-    Cost:     100 epochs of ResNet-18, encoded twice forward; time not measured. Memory at fp16 as the plan predicts it for 16 GB:
+    Cost:     unknown, 1 GPU; 100 epochs of ResNet-18, encoded twice forward. Memory at fp16 as the plan predicts it for 16 GB:
               12.9 GiB a step with micro-batches of 3,128 or fewer, 2.2 GiB with 512, 16.9 GiB without
               (benchmarks/records/2026-11-24_2cpu_memory).
-    Score:    not measured. As cifar10_simclr_4096, but for a ResNet-18: SimCLR's figure B.7 is of a ResNet-50.
+    Expected: unknown; as cifar10_simclr_4096, but for a ResNet-18: SimCLR's figure B.7 is of a ResNet-50.
     Source:   cifar10_simclr_4096; gradient caching from Gao et al. 2021. BatchNorm sees one micro-batch at a time.
     """
     base = cifar10_simclr_4096()
@@ -123,44 +129,48 @@ def _resnet18(recipe: str, method: MethodConfig) -> TrainConfig:
 
 
 def cifar10_margin() -> TrainConfig:
-    """The margin loss, its hardest negatives, with a ResNet-18.
+    """Margin loss, hardest negatives.
 
     Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_margin
-    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
-    Score:    not measured, and no source reports this method in this setting.
+    Cost:     unknown, 1 GPU; 200 epochs of ResNet-18 at 32×32.
+    Expected: unknown; no source reports this method in this setting.
     Source:   Chopra, Hadsell and LeCun 2005; setting of lightly's CIFAR-10 benchmark (SGD 0.06 per 128, batch 512).
     """
     return _resnet18("cifar10_margin", MarginConfig(margin=1.4))
 
 
 def cifar10_supcon() -> TrainConfig:
-    """SupCon: SimCLR with positives by label, the upper end of what these encoders can learn in this setting.
+    """SupCon: positives by label.
+
+    The upper end of what these encoders can learn in this setting.
 
     Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_supcon
-    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
-    Score:    not measured. The paper reports 0.960 (ResNet-50, 1000 epochs, table 2), with labels.
+    Cost:     unknown, 1 GPU; 200 epochs of ResNet-18 at 32×32.
+    Expected: linear 0.960; the paper's (ResNet-50, 1000 epochs, table 2), with labels.
     Source:   Khosla et al. 2020 (temperature 0.1); setting of lightly's CIFAR-10 benchmark.
     """
     return _resnet18("cifar10_supcon", SimCLRConfig(temperature=0.1, positives="labels"))
 
 
 def cifar10_dcl() -> TrainConfig:
-    """DCL: SimCLR without positives in the denominator.
+    """DCL: decoupled SimCLR.
+
+    The denominator is without positives.
 
     Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_dcl
-    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
-    Score:    not measured, and no source of this project reports this method in this setting.
+    Cost:     unknown, 1 GPU; 200 epochs of ResNet-18 at 32×32.
+    Expected: unknown; no source of this project reports this method in this setting.
     Source:   Yeh et al. 2022 (temperature 0.1); setting of lightly's CIFAR-10 benchmark.
     """
     return _resnet18("cifar10_dcl", SimCLRConfig(temperature=0.1, decoupled=True))
 
 
 def cifar10_moco() -> TrainConfig:
-    """MoCo v2 with a queue of 4,096 keys.
+    """MoCo v2, queue of 4,096 keys.
 
     Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_moco
-    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
-    Score:    not measured. lightly's benchmark reports kNN 0.847 at 200 epochs.
+    Cost:     unknown, 1 GPU; 200 epochs of ResNet-18 at 32×32.
+    Expected: kNN 0.847; lightly's benchmark at 200 epochs.
     Source:   the MoCo authors' CIFAR-10 demonstration (queue 4,096, momentum 0.99, temperature 0.1); setting of lightly's
               CIFAR-10 benchmark.
     """
@@ -168,12 +178,14 @@ def cifar10_moco() -> TrainConfig:
 
 
 def cifar10_moco_t4() -> TrainConfig:
-    """MoCo v2 for a small GPU: a queue of 65,536 negatives, whatever batch the memory holds.
+    """MoCo v2 for a small GPU.
+
+    A queue of 65,536 negatives, whatever batch the memory holds.
 
     Command:  accelerate launch --config_file launch_configs/t4.yaml -m dist_contrastive.train cifar10_moco_t4
-    Cost:     200 epochs of ResNet-18; time not measured. Memory at fp16 as the plan predicts it for 16 GB: 1.0 GiB a step with
-              the whole batch at once (benchmarks/records/2026-11-24_2cpu_memory).
-    Score:    not measured. lightly's benchmark reports kNN 0.847 at 200 epochs with its 4,096 keys.
+    Cost:     unknown, 1 GPU; 200 epochs of ResNet-18. Memory at fp16 as the plan predicts it for 16 GB: 1.0 GiB a step
+              with the whole batch at once (benchmarks/records/2026-11-24_2cpu_memory).
+    Expected: kNN 0.847; lightly's benchmark at 200 epochs with its 4,096 keys.
     Source:   MoCo v2 (queue 65,536, momentum 0.999, temperature 0.2); setting of lightly's CIFAR-10 benchmark, batch 256.
     """
     config = _resnet18("cifar10_moco_t4", MoCoConfig())
@@ -181,11 +193,13 @@ def cifar10_moco_t4() -> TrainConfig:
 
 
 def cifar10_mocov3() -> TrainConfig:
-    """MoCo v3: no queue, a predictor, both directions.
+    """MoCo v3.
+
+    No queue, a predictor, both directions.
 
     Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_mocov3
-    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
-    Score:    not measured. solo-learn reports linear 0.931 (ResNet-18, batch 256, 1000 epochs).
+    Cost:     unknown, 1 GPU; 200 epochs of ResNet-18 at 32×32.
+    Expected: linear 0.931; solo-learn's (ResNet-18, batch 256, 1000 epochs).
     Source:   Chen, Xie and He 2021; temperature 0.2 as solo-learn; setting of lightly's CIFAR-10 benchmark.
     """
     return _resnet18("cifar10_mocov3", MoCoV3Config(temperature=0.2))
@@ -195,8 +209,8 @@ def cifar10_byol() -> TrainConfig:
     """BYOL.
 
     Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_byol
-    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
-    Score:    not measured. lightly's benchmark reports kNN 0.868 at 200 epochs.
+    Cost:     unknown, 1 GPU; 200 epochs of ResNet-18 at 32×32.
+    Expected: kNN 0.868; lightly's benchmark at 200 epochs.
     Source:   Grill et al. 2020; heads of 1,024 and 256 and setting of lightly's CIFAR-10 benchmark.
     """
     method = BYOLConfig(projector=HeadConfig(hidden_size=1024, output_size=256), predictor=HeadConfig(hidden_size=1024))
@@ -207,8 +221,8 @@ def cifar10_simsiam() -> TrainConfig:
     """SimSiam.
 
     Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_simsiam
-    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
-    Score:    not measured. The paper reports linear 0.918 at 800 epochs (appendix D).
+    Cost:     unknown, 1 GPU; 200 epochs of ResNet-18 at 32×32.
+    Expected: linear 0.918; the paper's at 800 epochs (appendix D).
     Source:   Chen and He 2021, appendix D (2-layer projector of 2,048); setting of lightly's CIFAR-10 benchmark.
     """
     projector = HeadConfig(layers=2, hidden_size=2048, output_size=2048, output_norm=True)
@@ -219,8 +233,8 @@ def cifar10_barlow() -> TrainConfig:
     """Barlow Twins.
 
     Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_barlow
-    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
-    Score:    not measured. solo-learn reports linear 0.921 (ResNet-18, batch 256, 1000 epochs).
+    Cost:     unknown, 1 GPU; 200 epochs of ResNet-18 at 32×32.
+    Expected: linear 0.921; solo-learn's (ResNet-18, batch 256, 1000 epochs).
     Source:   Zbontar et al. 2021; projector of 2,048 as lightly's and solo-learn's on CIFAR-10.
     """
     config = _resnet18(
@@ -233,8 +247,8 @@ def cifar10_vicreg() -> TrainConfig:
     """VICReg.
 
     Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_vicreg
-    Cost:     200 epochs of ResNet-18 at 32×32; not measured.
-    Score:    not measured. solo-learn reports linear 0.921 (ResNet-18, batch 256, 1000 epochs).
+    Cost:     unknown, 1 GPU; 200 epochs of ResNet-18 at 32×32.
+    Expected: linear 0.921; solo-learn's (ResNet-18, batch 256, 1000 epochs).
     Source:   Bardes et al. 2022; projector of 2,048 as solo-learn's on CIFAR-10.
     """
     config = _resnet18(
@@ -244,11 +258,13 @@ def cifar10_vicreg() -> TrainConfig:
 
 
 def cifar10_cpc() -> TrainConfig:
-    """CPC over a 7 × 7 grid of patches of 8 pixels, one view an image.
+    """CPC, grid of 7 × 7 patches.
+
+    Patches of 8 pixels, one view an image.
 
     Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_cpc
-    Cost:     200 epochs of ResNet-18 over 49 patches an image, three times the pixels of one view; not measured.
-    Score:    not measured, and no source reports this method in this setting.
+    Cost:     unknown, 1 GPU; 200 epochs of ResNet-18 over 49 patches an image, three times the pixels of one view.
+    Expected: unknown; no source reports this method in this setting.
     Source:   van den Oord et al. 2018, section 3.2 (grid, rows ahead); GroupNorm, as Henaff et al. 2020 found that
               BatchNorm harms CPC (section 3.2).
     """
@@ -262,11 +278,13 @@ def cifar10_cpc() -> TrainConfig:
 
 
 def cifar10_cpu() -> TrainConfig:
-    """SimCLR with a small ResNet that two CPU cores train in under 40 minutes.
+    """SimCLR, small ResNet for CPUs.
+
+    Two cores train it in under 40 minutes.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train cifar10_cpu
-    Cost:     8 epochs; 36 minutes on two cores with probes and report, measured.
-    Score:    linear 0.561 and kNN 0.523 measured, beside raw pixels 0.410 and the untrained encoder 0.346
+    Cost:     36 min, 2 cores; 8 epochs, with probes and report, measured.
+    Measured: linear 0.561, kNN 0.523; beside raw pixels 0.410 and the untrained encoder 0.346
               (benchmarks/records/2026-11-24_2cpu_cifar10).
     Source:   SimCLR, appendix B.9, without blur; a quarter-width ResNet-10 for the time that two cores have.
     """

@@ -16,11 +16,13 @@ from dist_contrastive.methods.simclr import SimCLRConfig
 
 
 def imagenet_simclr_4096() -> TrainConfig:
-    """SimCLR as published: ResNet-50, LARS, global batch 4096, 100 epochs.
+    """SimCLR as published.
+
+    ResNet-50, LARS, global batch 4096, 100 epochs.
 
     Command:  accelerate launch --config_file launch_configs/node_8gpu.yaml -m dist_contrastive.train imagenet_simclr_4096
-    Cost:     not measured; 8 GPUs of 80 GB for the whole batch at once.
-    Score:    linear 0.645 is the paper's (100 epochs, table B.1); not measured here.
+    Cost:     unknown, 8 GPUs; 100 epochs; GPUs of 80 GB hold the whole batch at once.
+    Expected: linear 0.645; the paper's (100 epochs, table B.1).
     Source:   SimCLR, appendix A and B.6: learning rate 0.3 per 256, weight decay 1e-6, 10 epochs of warm-up,
               temperature 0.1, colour strength 1.0, blur 0.5.
     """

@@ -33,11 +33,13 @@ PROJECTOR = HeadConfig(layers=2, hidden_size=256, output_size=128)
 
 
 def photos() -> TrainConfig:
-    """SimCLR on 32×32 patches of 19 photographs: the demonstration.
+    """SimCLR, the demonstration.
+
+    Trained on 32×32 patches of 19 photographs.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos
-    Cost:     14 epochs on two CPU cores; 138 s with packing and report, measured.
-    Score:    linear 0.769, kNN 0.684 measured, beside raw pixels 0.414 and 0.254 and the untrained encoder 0.479 and 0.267
+    Cost:     138 s, 2 cores; 14 epochs, with packing and report, measured.
+    Measured: linear 0.769, kNN 0.684; beside raw pixels 0.414 and 0.254 and the untrained encoder 0.479 and 0.267
               (benchmarks/records/2026-11-24_2cpu_demo).
     Source:   SimCLR with weak colour jitter, as these photographs differ by colour and brightness, and a stem of stride 4,
               with which the time holds five times the steps. How earlier settings compared: 2026-11-24_2cpu_photos.
@@ -75,11 +77,13 @@ def _method(recipe: str, method: MethodConfig) -> TrainConfig:
 
 
 def photos_supcon() -> TrainConfig:
-    """SupCon: SimCLR with positives by label, the upper end of what this setting lets an encoder learn.
+    """SupCon: positives by label.
+
+    The upper end of what this setting lets an encoder learn.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_supcon
-    Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.808 ± 0.007, kNN 0.758 ± 0.020 measured over three seeds, beside the untrained
+    Cost:     3-5 min, 1 core; 14 epochs, with another run beside it, measured.
+    Measured: linear 0.808 ± 0.007, kNN 0.758 ± 0.020; over three seeds, beside the untrained
               encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   Khosla et al. 2020; temperature as in `photos`.
     """
@@ -87,11 +91,13 @@ def photos_supcon() -> TrainConfig:
 
 
 def photos_dcl() -> TrainConfig:
-    """DCL: SimCLR without positives in the denominator.
+    """DCL: decoupled SimCLR.
+
+    The denominator is without positives.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_dcl
-    Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.760 ± 0.012, kNN 0.694 ± 0.003 measured over three seeds, beside the untrained
+    Cost:     3-5 min, 1 core; 14 epochs, with another run beside it, measured.
+    Measured: linear 0.760 ± 0.012, kNN 0.694 ± 0.003; over three seeds, beside the untrained
               encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   Yeh et al. 2022; temperature as in `photos`.
     """
@@ -99,11 +105,13 @@ def photos_dcl() -> TrainConfig:
 
 
 def photos_margin() -> TrainConfig:
-    """The contrastive margin loss, squared hinge, all negatives.
+    """Margin loss, all negatives.
+
+    The squared hinge.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_margin
-    Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.735 ± 0.008, kNN 0.652 ± 0.009 measured over three seeds, beside the untrained
+    Cost:     3-5 min, 1 core; 14 epochs, with another run beside it, measured.
+    Measured: linear 0.735 ± 0.008, kNN 0.652 ± 0.009; over three seeds, beside the untrained
               encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   Chopra, Hadsell and LeCun 2005; Hadsell, Chopra and LeCun 2006, equation 4.
     """
@@ -111,11 +119,11 @@ def photos_margin() -> TrainConfig:
 
 
 def photos_moco() -> TrainConfig:
-    """MoCo v2 with a queue of eight batches.
+    """MoCo v2, queue of 8 batches.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_moco
-    Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.735 ± 0.001, kNN 0.683 ± 0.021 measured over three seeds, beside the untrained
+    Cost:     3-5 min, 1 core; 14 epochs, with another run beside it, measured.
+    Measured: linear 0.735 ± 0.001, kNN 0.683 ± 0.021; over three seeds, beside the untrained
               encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   MoCo v2; queue and momentum for some hundred steps, in which 0.999 would leave the teacher where it began.
     """
@@ -126,8 +134,8 @@ def photos_mocov3() -> TrainConfig:
     """MoCo v3.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_mocov3
-    Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.756 ± 0.012, kNN 0.676 ± 0.002 measured over three seeds, beside the untrained
+    Cost:     3-5 min, 1 core; 14 epochs, with another run beside it, measured.
+    Measured: linear 0.756 ± 0.012, kNN 0.676 ± 0.002; over three seeds, beside the untrained
               encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   Chen, Xie and He 2021; heads of 256 and 128, temperature 0.2, momentum for some hundred steps.
     """
@@ -140,8 +148,8 @@ def photos_byol() -> TrainConfig:
     """BYOL.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_byol
-    Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.717 ± 0.012, kNN 0.634 ± 0.016 measured over three seeds, beside the untrained
+    Cost:     3-5 min, 1 core; 14 epochs, with another run beside it, measured.
+    Measured: linear 0.717 ± 0.012, kNN 0.634 ± 0.016; over three seeds, beside the untrained
               encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   Grill et al. 2020; heads of 256 and 128, momentum for some hundred steps.
     """
@@ -152,8 +160,8 @@ def photos_simsiam() -> TrainConfig:
     """SimSiam.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_simsiam
-    Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.688 ± 0.020, kNN 0.558 ± 0.040 measured over three seeds, beside the untrained
+    Cost:     3-5 min, 1 core; 14 epochs, with another run beside it, measured.
+    Measured: linear 0.688 ± 0.020, kNN 0.558 ± 0.040; over three seeds, beside the untrained
               encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   Chen and He 2021; heads an eighth of the paper's.
     """
@@ -166,8 +174,8 @@ def photos_barlow() -> TrainConfig:
     """Barlow Twins.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_barlow
-    Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.734 ± 0.018, kNN 0.663 ± 0.015 measured over three seeds, beside the untrained
+    Cost:     3-5 min, 1 core; 14 epochs, with another run beside it, measured.
+    Measured: linear 0.734 ± 0.018, kNN 0.663 ± 0.015; over three seeds, beside the untrained
               encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   Zbontar et al. 2021; a projector of 512.
     """
@@ -178,8 +186,8 @@ def photos_vicreg() -> TrainConfig:
     """VICReg.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_vicreg
-    Cost:     14 epochs; 3 to 5 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.769 ± 0.008, kNN 0.701 ± 0.007 measured over three seeds, beside the untrained
+    Cost:     3-5 min, 1 core; 14 epochs, with another run beside it, measured.
+    Measured: linear 0.769 ± 0.008, kNN 0.701 ± 0.007; over three seeds, beside the untrained
               encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   Bardes et al. 2022; a projector of 512.
     """
@@ -187,11 +195,13 @@ def photos_vicreg() -> TrainConfig:
 
 
 def photos_cpc() -> TrainConfig:
-    """CPC over a 3 × 3 grid of overlapping patches of 16 pixels, one view an image.
+    """CPC, grid of 3 × 3 patches.
+
+    Overlapping patches of 16 pixels, one view an image.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_cpc
-    Cost:     14 epochs; 9 minutes on one CPU core with another run beside it, measured.
-    Score:    linear 0.748 ± 0.012, kNN 0.679 ± 0.020 measured over three seeds, beside the untrained
+    Cost:     9 min, 1 core; 14 epochs, with another run beside it, measured.
+    Measured: linear 0.748 ± 0.012, kNN 0.679 ± 0.020; over three seeds, beside the untrained
               encoder's 0.466 and 0.273 (benchmarks/records/2026-11-24_2cpu_methods).
     Source:   van den Oord et al. 2018, section 3.2, with larger patches and fewer rows ahead, for images of 32 pixels.
     """
