@@ -54,7 +54,9 @@ LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
     ("module", "arguments", "status", "words"),
     [
         ("train", ["--help"], 0, "--batch.global"),
+        ("train", ["--list"], 0, "photos_byol"),
         ("train", ["photo"], 2, "did you mean photos"),
+        ("train", ["nothing_like_it"], 2, "train --list"),
         ("train", ["photos", "--epoch", "1"], 2, "did you mean --epochs"),
         ("train", ["photos", "--epochs", "0"], 2, "--epochs 0"),
         ("train", [*TRAIN, "--data.path", "{}/gone.beton"], 2, "no packed dataset"),

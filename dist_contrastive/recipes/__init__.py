@@ -61,11 +61,11 @@ def list_recipes() -> str:
     rows = [("recipe", "what", "cost", "linear, kNN", "expected")]
     for name, recipe in RECIPES.items():
         what, facts = summary_of(recipe)
-        measured = ", ".join(re.findall(r"\d\.\d+(?: ± \d\.\d+)?", facts.get("Measured", ""))) or "-"
+        measured = ", ".join(re.findall(r"(?:linear|kNN) (\d\.\d+)", facts.get("Measured", ""))) or "-"
         rows.append((name, what, facts["Cost"], measured, facts.get("Expected", "-")))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    note = "linear, kNN: measured with this code; expected: what the recipe's source reports, or its aim; -: neither"
+    note = "linear, kNN: measured with this code. expected: what the recipe's source reports, or its aim."
     return "\n".join([*lines, "", note])
 
 
