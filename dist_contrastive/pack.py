@@ -23,6 +23,7 @@ from tyro.conf import Positional
 from dist_contrastive.cli import main_guard, parse
 from dist_contrastive.config import require
 from dist_contrastive.data.format import LARGEST_SIDE, MAX_BAD, MAX_SIDE, QUALITY
+from dist_contrastive.data.spec import read_spec
 
 PROG = "python -m dist_contrastive.pack"
 
@@ -64,6 +65,7 @@ class PackConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(PackConfig, argv, prog=PROG, about=__doc__)
+    read_spec(config.source)
 
     from dist_contrastive.data.beton import require_ffcv
     from dist_contrastive.data.packing import write_dataset

@@ -412,7 +412,7 @@ def test_missing_ffcv_ends_the_command_with_status_2_and_one_line(tmp_path: Path
     program = (
         "import runpy, sys\n"
         "sys.modules['ffcv'] = None\n"
-        f"sys.argv[1:] = ['folder:none', {str(tmp_path / 'x.beton')!r}]\n"
+        f"sys.argv[1:] = ['photos', {str(tmp_path / 'x.beton')!r}]\n"
         "runpy.run_module('dist_contrastive.pack', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)

@@ -70,6 +70,8 @@ LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
         ("probe", ["{}/gone"], 2, "no run's folder"),
         ("pack", ["--help"], 0, "--max-side"),
         ("pack", ["photos", "x.bet"], 2, "ends in .beton"),
+        ("pack", ["folder:{}/gone", "x.beton"], 2, "there is no folder"),
+        ("pack", ["{}/train", "x.beton"], 2, "for a folder write folder:"),
     ],
 )
 def test_it_is_said_before_anything_heavy_is_imported(
@@ -105,5 +107,6 @@ def test_each_of_several_ranks_refuses_before_it_connects(
     assert not loaded & HEAVY
 
 
-def test_help_of_pack_needs_no_torch() -> None:
-    assert "torch" not in run("pack", "--help")[3]
+@pytest.mark.parametrize("arguments", [["--help"], ["folder:no/such/folder", "x.beton"]])
+def test_pack_needs_no_torch_for_it(arguments: list[str]) -> None:
+    assert "torch" not in run("pack", *arguments)[3]

@@ -19,8 +19,7 @@ from torchvision.datasets import CIFAR10
 from dist_contrastive import rng
 from dist_contrastive.config import UserError, require
 from dist_contrastive.data.format import TEST, TRAIN
-
-SOURCES = "photos, cifar10[:DIR] or folder:DIR"
+from dist_contrastive.data.spec import read_spec
 
 PATCH_SIDE = 32
 """Pixels."""
@@ -52,7 +51,6 @@ PHOTOS = {
 }
 """Class name to file, within the installed packages. Read by path: `skimage.data` downloads what it does not find."""
 
-CIFAR10_FOLDER = Path("data/cifar10-source")
 CIFAR10_ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 DOWNLOAD_TIMEOUT_S = 60.0
 """The longest wait for the next bytes of a download."""
@@ -85,16 +83,10 @@ def open_source(spec: str) -> Source:
 
     Raises `UserError` where it is none of these, or its images can't be found.
     """
-    kind, colon, folder = spec.partition(":")
-    require(not colon or bool(folder), f"source {spec!r} has no folder after the colon; give {SOURCES}")
-    if kind == "photos" and not colon:
+    kind, folder = read_spec(spec)
+    if kind == "photos":
         return open_photos()
-    if kind == "cifar10":
-        return open_cifar10(spec, Path(folder).expanduser() if folder else CIFAR10_FOLDER)
-    if kind == "folder" and colon:
-        return open_folder(spec, Path(folder).expanduser())
-    hint = f"; for a folder write folder:{spec}" if Path(spec).is_dir() else ""
-    raise UserError(f"unknown source {spec!r}{hint}: give {SOURCES}")
+    return open_cifar10(spec, folder) if kind == "cifar10" else open_folder(spec, folder)
 
 
 def patch_positions(photo: int, split: int, height: int, width: int) -> np.ndarray:
@@ -178,8 +170,6 @@ def open_folder(spec: str, folder: Path) -> Source:
 
     Raises `UserError` where there are fewer than two classes or an empty one.
     """
-    require(folder.exists(), f"there is no folder {folder}; {SOURCES}")
-    require(folder.is_dir(), f"{folder} is not a folder; give folder:DIR with DIR/<class>/<images>")
     names = [entry.name for entry in _entries(folder) if entry.is_dir()]
     has_split = "train" in names and ("test" in names or "val" in names or names == ["train"])
     train_files = _class_files(folder / "train" if has_split else folder)
