@@ -24,7 +24,7 @@ from dist_contrastive import __version__
 from dist_contrastive.atomic import sync_folder, write_atomic, write_synced
 from dist_contrastive.config import UserError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TEMPORARY = ".incomplete-"

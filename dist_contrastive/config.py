@@ -292,7 +292,7 @@ class TrainConfig:
     stop_after_steps: int = 0
     """Save a checkpoint and stop once this many steps are done, as an interruption would; 0 runs to the end."""
     log_every: int = 10
-    """Steps between lines of metrics."""
+    """Steps between the metrics that cost (effective rank, times, memory); those that do not are logged at each step."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)

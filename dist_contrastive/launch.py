@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+import dist_contrastive
 from dist_contrastive import distributed
 from dist_contrastive.config import TrainConfig, UserError
 from dist_contrastive.preflight import ACCELERATE_NAMES, PRECISIONS, check_ranks, device_and_precision, launched_ranks
@@ -53,8 +55,21 @@ def precision_of(accelerator: Accelerator) -> str:
     return PRECISIONS[accelerator.mixed_precision]
 
 
+def source_commit() -> str | None:
+    """The commit of this package's checkout, with `-dirty` where files were changed; None where it is no checkout of git."""
+    root = Path(dist_contrastive.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
+
+
 def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
-    """What the run runs on, for its report: hardware, versions, ranks."""
+    """What the run runs on, for its report: hardware, versions, ranks. Rank 0's names the package's commit, too."""
     machine: dict[str, Any] = {
         "system": platform.platform(),
         "cpu": _cpu_name(),
@@ -72,6 +87,8 @@ def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
     machine.update(
         {name: version(name) for name in ("torch", "accelerate", "ffcv", "timm", "numba", "dist_contrastive")}
     )
+    if distributed.is_main() and (commit := source_commit()):
+        machine["commit"] = commit
     return machine
 
 

@@ -1,28 +1,48 @@
-"""Metrics of a run: one JSON object a line in metrics.jsonl, the same numbers in TensorBoard. Units are in the names."""
+"""Metrics of a run: one JSON object a line in metrics.jsonl, the same numbers in TensorBoard. Units are in the names.
+
+Each step has a line with what is known on the host anyway (`loss`, `learning_rate`, `grad_norm`, ...), about 200 bytes; what
+costs (`effective_rank`, times, memory) is in each `log_every`-th. A probe has a line of its own behind that of its step, with
+its scores under `probe/`.
+"""
 
 import json
 import math
 import resource
 import time
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from dist_contrastive.atomic import write_atomic
 
+PROBE_PREFIX = "probe/"
+
 
 class MetricsLog:
-    """The two logs of a run; rank 0 alone makes one. `step` is how many updates the run resumes after (0: fresh)."""
+    """The two logs of a run; rank 0 alone makes one.
 
-    def __init__(self, run_dir: Path, step: int) -> None:
+    `step` is how many updates the run resumes after (0: fresh), `probed` the steps whose probes it remembers.
+    """
+
+    def __init__(self, run_dir: Path, step: int, probed: Collection[int] = ()) -> None:
         path = run_dir / "metrics.jsonl"
-        # Steps after the checkpoint are run again: their lines go, so that no step stands in the file twice.
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        # What comes after the checkpoint is done again: its lines go, so that nothing stands in the file twice. The last
+        # epoch's probe follows the checkpoint of its own step.
+        kept = [
+            line
+            for line in read_metrics(path)
+            if line["step"] <= step and (line["step"] in probed or not any(k.startswith(PROBE_PREFIX) for k in line))
+        ]
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in `close`; a line is on disk once written
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._probe_names: list[str] = []
 
     def write(self, step: int, epoch: int, values: dict[str, float]) -> None:
         """Log `values` once `step` updates are done, the last in `epoch` (from 0); non-finite numbers become null."""
@@ -31,10 +51,26 @@ class MetricsLog:
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Numbers that have a file of their own (the probe's), for TensorBoard alone."""
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+    def write_probe(self, step: int, epoch: int, result: Mapping[str, Any]) -> None:
+        """Log the numbers of a probe after `step` updates; what else it says is in probe.json."""
+        numbers = {
+            f"{PROBE_PREFIX}{name}": value
+            for name, value in result.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        self._probe_names = list(numbers)
+        self.write(step, epoch, numbers)
+
+    def conclude(self, step: int, config: Mapping[str, Any], plots: Path) -> None:
+        """For TensorBoard alone: the config (flat) for its table of runs, beside the last probe, and the pictures in `plots`."""
+        plain = {k: v if v is None or isinstance(v, bool | int | float | str) else str(v) for k, v in config.items()}
+        # `SummaryWriter.add_hparams` would make a second run of it, in a folder of its own.
+        for summary in hparams(plain, dict.fromkeys(self._probe_names, 0.0)):
+            self._tensorboard._get_file_writer().add_summary(summary)
+        for path in sorted(plots.glob("*.png")):
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            self._tensorboard.add_image(f"report/{path.stem}", pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         self._file.close()
@@ -52,6 +88,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+class TimeSplit:
+    """Where a run's time goes, in seconds by part; each moment belongs to one part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    @property
+    def total(self) -> float:
+        """Seconds up to now, what belongs to no part yet included."""
+        return sum(self.seconds.values()) + time.monotonic() - self._last
+
+    def lap(self, part: str, within: Mapping[str, float] | None = None) -> None:
+        """What passed since the last lap went to `part`, but for the seconds of other parts in `within`."""
+        now = time.monotonic()
+        parts = {**(within or {})}
+        parts[part] = max(0.0, now - self._last - sum(parts.values()))
+        for name, seconds in parts.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self._last = now
 
 
 class StepTimer:

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from accelerate import Accelerator
@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from dist_contrastive import distributed, preflight
 from dist_contrastive.batch import steps_per_epoch
 from dist_contrastive.checkpoint import save_module
-from dist_contrastive.config import TrainConfig, to_dict
+from dist_contrastive.config import TrainConfig, flatten, to_dict
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import TRAIN
 from dist_contrastive.data.loader import Epoch, announced_compilation, fair_threads, train_epoch
 from dist_contrastive.evaluation.protocol import ProbeRunner
 from dist_contrastive.launch import connect, describe_machine
-from dist_contrastive.metrics import MetricsLog, StepTimer
+from dist_contrastive.metrics import MetricsLog, StepTimer, TimeSplit
 from dist_contrastive.models.base import Encoder
 from dist_contrastive.progress import TrainingProgress, print_scores
 from dist_contrastive.report import write_report
@@ -29,12 +29,13 @@ from dist_contrastive.trainer import Trainer, build_method
 
 def train(config: TrainConfig) -> bool:
     """Run what `config` describes; whether it ran to its end (or else was stopped, to be resumed)."""
+    times = TimeSplit()
     accelerator = connect(config)
     # One rank of each host reads the whole file to verify it; the others trust that rank.
     dataset = distributed.together(lambda: open_dataset(config.data.path, verify=distributed.local_rank() == 0))
     preflight.check_dataset(config, dataset.manifest)
     with open_run_folder(config) as (folder, start):
-        run = Run(config, accelerator, dataset, folder)
+        run = Run(config, accelerator, dataset, folder, times)
         try:
             run.begin(start)
             if not fit(run):
@@ -82,7 +83,12 @@ class Run:
     """
 
     def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, dataset: Dataset, folder: RunFolder | None
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        dataset: Dataset,
+        folder: RunFolder | None,
+        times: TimeSplit,
     ) -> None:
         self.config = config
         self.dataset = dataset
@@ -109,9 +115,11 @@ class Run:
         self.machine = describe_machine(accelerator)
         self.metrics: MetricsLog | None = None
         self.timer = StepTimer(config.batch.size, accelerator.device)
-        self.seconds = 0.0
-        """Time spent in this run before it was last resumed, in seconds."""
-        self.begun = time.monotonic()
+        self.times = times
+        self.starts: list[dict[str, Any]] = []
+        """When the run was started and each time resumed: `step`, how many updates were done, and `time` (UTC, ISO 8601)."""
+        self.is_warm = False
+        """Whether this process has done a step."""
 
     def begin(self, start: Literal["fresh", "resume"]) -> None:
         """Take over the newest checkpoint that verifies, if there is one."""
@@ -121,7 +129,8 @@ class Run:
             step = distributed.broadcast_object(newest.step if newest else None)
             if step is not None:
                 extra = distributed.together(lambda: trainer.restore(newest or trainer.store.load(step)))
-                self.scores, self.seconds = extra["scores"], extra["seconds"]
+                self.scores, self.starts, self.times.seconds = extra["scores"], extra["starts"], extra["seconds"]
+        self.starts.append({"step": trainer.step, "time": datetime.now(UTC).isoformat(timespec="seconds")})
         self.progress = TrainingProgress(
             trainer.total_steps, trainer.step, config.epochs, visible=distributed.is_main()
         )
@@ -130,12 +139,14 @@ class Run:
         if plan:
             self.machine["memory_plan"] = to_dict(plan)
         if self.folder:
-            self.metrics = MetricsLog(self.folder.path, trainer.step)
-            self.folder.write_json("machine.json", self.machine)
+            probed = [entry["step"] for entry in self.scores["history"]]
+            self.metrics = MetricsLog(self.folder.path, trainer.step, probed)
+            self.write_machine()
         self._introduce(start)
         if plan:
             self.progress.say(plan.describe())
         self.timer.restart()
+        self.times.lap("start")
 
     def _introduce(self, start: Literal["fresh", "resume"]) -> None:
         trainer, config, machine = self.trainer, self.config, self.machine
@@ -167,15 +178,20 @@ class Run:
         )
 
     def log(self, epoch: int, values: dict[str, float], wait_ms: float) -> dict[str, float] | None:
-        """Count a step and, at the steps that are logged, write its metrics and return them."""
+        """Write a step's metrics; return them at the steps that are logged, where they have times."""
         self.timer.count(wait_ms)
+        if self.is_warm:
+            self.times.lap("training", {"waiting_for_data": wait_ms / 1e3})
+        else:  # compiles, the loader too
+            self.times.lap("first_step")
+            self.is_warm = True
         step = self.trainer.step
-        if not self.trainer.is_logged(step):
-            return None
-        values = {**values, **self.timer.read()}
+        is_logged = self.trainer.is_logged(step)
+        if is_logged:
+            values = {**values, **self.timer.read()}
         if self.metrics:
             self.metrics.write(step, epoch, values)
-        return values
+        return values if is_logged else None
 
     def end_epoch(self, epoch: int) -> None:
         """Probe and checkpoint where they are due."""
@@ -189,6 +205,7 @@ class Run:
         if self.trainer.step_in_epoch == 0:  # the resumed run starts in the next epoch
             self._probe_where_due(epoch)
         self.save()
+        self.write_machine()
         self.progress.say(f"stopped after step {self.trainer.step}; {self.trainer.resume_hint} goes on from there")
 
     def _probe_where_due(self, epoch: int) -> None:
@@ -207,10 +224,11 @@ class Run:
         self.scores["history"].append({"epoch": epochs_done, "step": self.trainer.step, **result})
         if self.folder and self.metrics:
             self.folder.write_json("probe.json", self.summary())
-            self.metrics.scalars(self.trainer.step, {f"probe/{k}": result[k] for k in ("linear_top1", "knn_top1")})
+            self.metrics.write_probe(self.trainer.step, epochs_done - 1, result)
         self.progress.say(
             f"probe after epoch {epochs_done}: linear {result['linear_top1']:.3f}, kNN {result['knn_top1']:.3f}"
         )
+        self.times.lap("probes")
 
     def summary(self) -> dict[str, Any] | None:
         """What probe.json holds; None without a probe."""
@@ -222,11 +240,15 @@ class Run:
 
     def save(self) -> None:
         """Commit a checkpoint of everything that an uninterrupted run would have in memory."""
-        self.trainer.save({"scores": self.scores, "seconds": self.elapsed()})
+        self.trainer.save({"scores": self.scores, "starts": self.starts, "seconds": self.times.seconds})
+        self.times.lap("checkpoints")
 
-    def elapsed(self) -> float:
-        """Seconds spent in this run, what was spent before it was last resumed included."""
-        return self.seconds + time.monotonic() - self.begun
+    def write_machine(self) -> None:
+        """Write machine.json: what the run runs on, when it was started, and where its time went so far."""
+        if self.folder:
+            self.folder.write_json(
+                "machine.json", {**self.machine, "starts": self.starts, "seconds": self.times.seconds}
+            )
 
     def conclude(self) -> None:
         """The last probe, the encoder for others to use, the report, and DONE."""
@@ -239,19 +261,25 @@ class Run:
             untrained=self.untrained_encoder(),
             device=trainer.device,
             threads=self.threads,
+            schedules=trainer.planned_schedules(),
             probe=self.summary(),
-            machine={**self.machine, "duration_s": round(self.elapsed(), 1)},
+            machine=self.machine,
+            starts=self.starts,
         )
         if not self.folder or not self.metrics or not report:
             return
         text = {"config": json.dumps(to_dict(config))}
         save_module(self.folder.path / "encoder.safetensors", trainer.method.encoder, text)
         save_module(self.folder.path / "projector.safetensors", trainer.method.projector, text)
-        page = write_report(report)
+        self.times.lap("report")
+        page = write_report(dataclasses.replace(report, seconds=self.times.seconds))
+        self.metrics.conclude(trainer.step, flatten(report.config), page.parent / "plots")
+        self.times.lap("report")
+        self.write_machine()
         self.folder.finish()
         if report.probe:
             print_scores(report.probe)
-        self.progress.say(f"report: {page}\nDONE in {self.elapsed():.0f} s")
+        self.progress.say(f"report: {page}\nDONE in {self.times.total:.0f} s")
 
     def close(self) -> None:
         """Bring the logs to disk; however the run ended, its last steps are what one wants to see."""

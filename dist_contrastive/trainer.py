@@ -90,7 +90,7 @@ class Trainer:
         return self.step % self.steps_per_epoch
 
     def is_logged(self, step: int) -> bool:
-        """Whether a line of metrics is written once `step` updates are done."""
+        """Whether the metrics that cost are taken once `step` updates are done."""
         return step % self.config.log_every == 0 or step in (1, self.total_steps)
 
     def update(self, batch: Batch) -> dict[str, float]:
@@ -114,10 +114,23 @@ class Trainer:
         self.large_batch.micro = plan.micro
         return plan
 
+    def learning_rate(self, step: int) -> float:
+        """Of the update that follows `step` others."""
+        warmup_steps = round(self.config.optim.warmup_epochs * self.steps_per_epoch)
+        return schedules.learning_rate(step, self.total_steps, warmup_steps, self.peak_learning_rate)
+
+    def planned_schedules(self) -> dict[str, list[float]]:
+        """What each update of the whole run is to use, the first to the last: `learning_rate`, and where there is a teacher
+        `teacher_momentum`."""
+        steps = range(1, self.total_steps + 1)
+        momenta = [self.method.teacher_momentum(step / self.total_steps) for step in steps]
+        return {
+            "learning_rate": [self.learning_rate(step - 1) for step in steps],
+            **({"teacher_momentum": known} if (known := [m for m in momenta if m is not None]) else {}),
+        }
+
     def _set_learning_rate(self) -> float:
-        optim = self.config.optim
-        warmup_steps = round(optim.warmup_epochs * self.steps_per_epoch)
-        rate = schedules.learning_rate(self.step, self.total_steps, warmup_steps, self.peak_learning_rate)
+        rate = self.learning_rate(self.step)
         for group in self._torch_optimizer.param_groups:
             group["lr"] = rate
         return rate

@@ -95,6 +95,10 @@ class Method(nn.Module, ABC):
         `progress` runs from 0 to 1 over the run; `embeddings` are the update's own, detached, of the whole rank batch.
         """
 
+    def teacher_momentum(self, progress: float) -> float | None:
+        """How much of itself the teacher keeps in `after_step` at `progress`; None where there is no teacher."""
+        return None
+
     @property
     def student(self) -> nn.Sequential:
         """Encoder and projector, as a teacher follows them."""

@@ -56,5 +56,8 @@ class BYOL(Method):
         # Equation 2 summed over both directions: two ordered pairs of views, each 2 - 2 cos.
         return {"loss": 2 * (2 - 2 * cross_view_cosine(embeddings["q"], embeddings["k"]))}
 
+    def teacher_momentum(self, progress: float) -> float:
+        return ema_momentum(progress, self.config.momentum)
+
     def after_step(self, progress: float, embeddings: Embeddings) -> None:
-        self.teacher.follow(self.student, ema_momentum(progress, self.config.momentum))
+        self.teacher.follow(self.student, self.teacher_momentum(progress))

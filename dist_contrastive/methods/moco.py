@@ -109,8 +109,11 @@ class MoCo(Method):
         pair = torch.cat([embeddings["q"], embeddings["k"]]).detach()
         return {**super().report(embeddings, batch), "positive_cosine": positive_cosine(pair)}
 
+    def teacher_momentum(self, progress: float) -> float:
+        return self.config.momentum
+
     def after_step(self, progress: float, embeddings: Embeddings) -> None:
-        self.teacher.follow(self.student, self.config.momentum)
+        self.teacher.follow(self.student, self.teacher_momentum(progress))
         keys = distributed.all_gather_rows(embeddings["k"][0])
         start = int(self.queue_pointer)
         self.queue[start : start + len(keys)] = keys

@@ -72,6 +72,8 @@ class MoCoV3(Method):
         ]
         return {"loss": 2 * temperature * torch.stack(directions).sum()}
 
+    def teacher_momentum(self, progress: float) -> float:
+        return ema_momentum(progress, self.config.momentum)
+
     def after_step(self, progress: float, embeddings: Embeddings) -> None:
-        momentum = ema_momentum(progress, self.config.momentum)
-        self.teacher.follow(self.student, momentum)
+        self.teacher.follow(self.student, self.teacher_momentum(progress))

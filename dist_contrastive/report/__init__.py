@@ -1,7 +1,8 @@
 """A run's report: pictures in `plots/` and one page, `report.html`, that needs nothing else.
 
 The page is for somebody who did not watch the run: the scores beside their baselines on top, then the pictures, each
-with what to look for and how a failure would look, then the configuration and the machine. Whatever the run lacks (it
+with what to look for and how a failure would look, then when it ran and where its time went, the machine and the
+configuration. Whatever the run lacks (it
 had no probe, it logged one line) leaves its section out and the page says so.
 
 Figures are made without pyplot, so nothing of matplotlib's global state is left behind.
@@ -15,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from dist_contrastive.atomic import write_atomic
-from dist_contrastive.report.curves import learning_rate, loss, positive_cosine, probe, throughput
+from dist_contrastive.report.curves import learning_rate, loss, per_class, positive_cosine, probe, throughput
 from dist_contrastive.report.embedding import embedding_map, spectrum
 from dist_contrastive.report.images import neighbours, views
 from dist_contrastive.report.inputs import RunReport, Section
@@ -25,10 +26,10 @@ from dist_contrastive.report.style import STYLE
 __all__ = ["PLOT_NAMES", "RunReport", "write_report"]
 
 PLOT_NAMES = (
-    "probe", "loss", "positive_cosine", "learning_rate", "throughput", "spectrum", "map", "neighbours", "views",
+    "probe", "per_class", "loss", "positive_cosine", "learning_rate", "throughput", "spectrum", "map", "neighbours", "views",
 )  # fmt: skip
 SECTIONS: tuple[Callable[[RunReport], tuple[Section, Figure | None]], ...] = (
-    probe, loss, positive_cosine, embedding_map, neighbours, spectrum, views, learning_rate, throughput,
+    probe, per_class, loss, positive_cosine, embedding_map, neighbours, spectrum, views, learning_rate, throughput,
 )  # fmt: skip
 
 

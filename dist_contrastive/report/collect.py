@@ -1,6 +1,6 @@
 """Gathers what a run's report shows: features of test images, their spectra, the images, some augmented views."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,11 +33,13 @@ def collect_report(
     untrained: Encoder,
     device: torch.device,
     threads: int,
+    schedules: Mapping[str, Sequence[float]],
     probe: Mapping[str, Any] | None,
     machine: Mapping[str, Any],
+    starts: Sequence[Mapping[str, Any]],
 ) -> RunReport | None:
-    """The report's inputs on rank 0, None elsewhere; all ranks call it, since all of them encode."""
-    split = TEST if dataset.manifest.num_test else TRAIN
+    """The report's inputs on rank 0, None elsewhere, but for `seconds`; all ranks call it, since all of them encode."""
+    split, samples = (TEST, "test images") if dataset.manifest.num_test else (TRAIN, "training images")
     indices = dataset.indices(split)
     indices = np.sort(indices[rng.permutation(config.seed, 0, len(indices))[:MAX_SAMPLES]])
 
@@ -49,15 +51,16 @@ def collect_report(
     features, untrained_features = features_of(encoder), features_of(untrained)
     if not distributed.is_main():
         return None
-    metrics = read_metrics(config.run_dir / "metrics.jsonl")
-    rates = [line["images_per_s"] for line in metrics if line.get("images_per_s")]
     views, originals = example_views(config, dataset)
     return RunReport(
         run_dir=config.run_dir,
         config=to_dict(config),
-        metrics=metrics,
+        metrics=read_metrics(config.run_dir / "metrics.jsonl"),
+        schedules=schedules,
         probe=probe,
+        learns_from_labels=config.method.needs_labels,
         class_names=dataset.manifest.classes,
+        samples=samples,
         features=features.cpu().numpy(),
         labels=dataset.labels[indices],
         thumbnails=_images(config, dataset, indices, min(THUMBNAIL_SIDE, config.data.image_size)),
@@ -65,7 +68,8 @@ def collect_report(
         untrained_spectrum=covariance_spectrum(untrained_features).cpu().numpy(),
         views=views,
         originals=originals,
-        machine={**machine, **({"images_per_s": float(np.median(rates))} if rates else {})},
+        machine=machine,
+        starts=starts,
     )
 
 

@@ -53,7 +53,7 @@ def spectrum(inputs: RunReport) -> tuple[Section, Figure | None]:
     return Section(
         "spectrum",
         title,
-        "How the variance of the test images' features spreads over their directions. A flat, long curve means that many "
+        f"How the variance of the {inputs.samples}' features spreads over their directions. A flat, long curve means that many "
         "directions carry information; training should lift its right part above the untrained encoder's. A curve that "
         "drops to nothing after a few directions is dimensional collapse: the features are redundant.",
     ), figure
@@ -82,19 +82,21 @@ def _embed_2d(features: np.ndarray) -> np.ndarray:
 
 
 def embedding_map(inputs: RunReport) -> tuple[Section, Figure | None]:
-    """Test images laid out by their features."""
-    title = "Map of the test images"
+    """Images of the test split (or what stands for it) laid out by their features."""
+    title = f"Map of the {inputs.samples}"
     features, labels = inputs.features, inputs.labels
-    if features is None or labels is None:
-        return Section("map", title, missing="there are no features of test images"), None
+    if features is None:
+        return Section("map", title, missing=f"there are no features of {inputs.samples}"), None
+    has_labels = labels is not None
+    labels = np.zeros(len(features), np.int64) if labels is None else np.asarray(labels)
     keep = np.flatnonzero(np.isfinite(features).all(1))
-    keep = keep[_stratified(np.asarray(labels)[keep], MAX_MAP_SAMPLES)]
-    features, labels = features[keep], np.asarray(labels)[keep]
+    keep = keep[_stratified(labels[keep], MAX_MAP_SAMPLES)]
+    features, labels = features[keep], labels[keep]
     if len(features) < 8 or features.shape[1] < 2 or float(np.ptp(unit_rows(features), axis=0).max()) < 1e-6:
         return Section("map", title, missing="there are too few different features for a map"), None
     points = _embed_2d(features)
     classes = np.unique(labels)
-    labelled = len(classes) <= MAX_MAP_LABELS
+    labelled = has_labels and len(classes) <= MAX_MAP_LABELS
     figure, (ax,) = new_figure(6.6)
     texts = []
     for order, label in enumerate(classes):
@@ -118,16 +120,24 @@ def embedding_map(inputs: RunReport) -> tuple[Section, Figure | None]:
     for side in ("left", "bottom"):
         ax.spines[side].set_visible(False)
     _spread_labels(figure, ax, texts)
+    layout = f"{len(points)} {inputs.samples}, laid out by t-SNE so that images with similar features lie together"
+    meaningless = "Axes, distances between islands and their sizes mean nothing."
+    if not has_labels:
+        return Section(
+            "map",
+            title,
+            f"{layout}. Look for islands; one even cloud means that the features put nothing apart. {meaningless}",
+        ), figure
     names = (
         "Each name stands where its class is densest." if labelled else f"Colours repeat among {len(classes)} classes."
     )
+    seen = "which training saw, too" if inputs.learns_from_labels else "which training never saw"
     return Section(
         "map",
         title,
-        f"{len(points)} test images, laid out by t-SNE so that images with similar features lie together; the colour is "
-        f"the class, which training never saw. {names} Look for islands of one colour. One mixed cloud means that the "
+        f"{layout}; the colour is the class, {seen}. {names} Look for islands of one colour. One mixed cloud means that the "
         "features do not tell the classes apart; classes that share an island are those that the encoder mixes up. "
-        "Axes, distances between islands and their sizes mean nothing.",
+        f"{meaningless}",
     ), figure
 
 

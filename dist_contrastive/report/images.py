@@ -38,47 +38,59 @@ def _tile_figure(columns: float, rows: float) -> tuple[Figure, Axes]:
 
 
 def neighbours(inputs: RunReport) -> tuple[Section, Figure | None]:
-    """Test images and those nearest to them."""
-    title = "Test images and their nearest neighbours"
+    """Images of the test split (or what stands for it) and those nearest to them."""
+    title = f"{inputs.samples.capitalize()} and their nearest neighbours"
     features, labels, thumbnails = inputs.features, inputs.labels, inputs.thumbnails
-    if features is None or labels is None or thumbnails is None or len(features) < 2:
+    if features is None or thumbnails is None or len(features) < 2:
         return Section(
-            "neighbours", title, missing="there are no features and images of at least two test images"
+            "neighbours", title, missing=f"there are no features and images of at least two {inputs.samples}"
         ), None
-    labels = np.asarray(labels)
+    classes = np.zeros(len(features), np.int64) if labels is None else np.asarray(labels)
     images = _as_rgb(thumbnails if thumbnails.ndim == 4 else thumbnails[..., None])
-    order = np.random.default_rng(1).permutation(len(labels))
-    first_of_class = np.sort(np.unique(labels[order], return_index=True)[1])
+    order = np.random.default_rng(1).permutation(len(classes))
+    first_of_class = np.sort(np.unique(classes[order], return_index=True)[1])
     queries = np.concatenate([order[first_of_class], np.delete(order, first_of_class)])[:NUM_QUERIES]
     unit = np.nan_to_num(unit_rows(features))
     similarity = unit[queries] @ unit.T
     similarity[np.arange(len(queries)), queries] = -np.inf
     nearest = np.argsort(-similarity, axis=1, kind="stable")[:, : min(NUM_NEIGHBOURS, len(unit) - 1)]
-    pitch, left = 1.28, 0.25
+    pitch, left = 1.08 if labels is None else 1.28, 0.25
     columns = left + 1.3 + NUM_NEIGHBOURS * 1.08 + 0.1
     figure, ax = _tile_figure(columns, len(queries) * pitch + 0.45)
     ax.set_xlim(0, columns)
     ax.set_ylim(len(queries) * pitch, -0.45)
-    ax.text(left, -0.15, "test image", fontweight="bold")
+    ax.text(left, -0.15, inputs.samples.removesuffix("s"), fontweight="bold")
     ax.text(left + 1.3, -0.15, "its neighbours, nearest first", fontweight="bold")
     for row, (query, found) in enumerate(zip(queries, nearest, strict=True)):
-        _tile(ax, images[query], left, row * pitch, text=shorten(class_name(inputs, int(labels[query])), 13))
+        name = "" if labels is None else shorten(class_name(inputs, int(classes[query])), 13)
+        _tile(ax, images[query], left, row * pitch, text=name)
         for column, neighbour in enumerate(found):
-            right = labels[neighbour] == labels[query]
+            x = left + 1.3 + 1.08 * column
+            if labels is None:
+                _tile(ax, images[neighbour], x, row * pitch)
+                continue
+            right = classes[neighbour] == classes[query]
             color = GREEN if right else VERMILION
-            name = shorten(class_name(inputs, int(labels[neighbour])), 11)
+            name = shorten(class_name(inputs, int(classes[neighbour])), 11)
             _tile(
-                ax, images[neighbour], left + 1.3 + 1.08 * column, row * pitch, frame=color, color=color,
-                text=f"{'✓' if right else '✗'} {name}",
-            )  # fmt: skip
-    hits = labels[nearest] == labels[queries][:, None]
+                ax, images[neighbour], x, row * pitch, frame=color, color=color, text=f"{'✓' if right else '✗'} {name}"
+            )
+    if labels is None:
+        return Section(
+            "neighbours",
+            title,
+            f"{len(queries)} {inputs.samples} drawn at random, each with those whose features are most similar to its "
+            "own (cosine). Neighbours should show the same kind of thing; ones that look like nothing of the kind say "
+            "that the features miss the content.",
+        ), figure
+    hits = classes[nearest] == classes[queries][:, None]
     return Section(
         "neighbours",
         title,
-        f"{len(queries)} test images drawn at random, of different classes as far as there are, each with the test images "
-        "whose features are most similar to its own (cosine). Green and ✓: the same class; red and ✗: another. "
-        f"{100 * hits.mean():.0f} % of those shown are right. Red ones that look alike (colour, texture) are honest "
-        "confusions; red ones that look like nothing of the kind say that the features miss the content.",
+        f"{len(queries)} {inputs.samples} drawn at random, of different classes as far as there are, each with those "
+        "whose features are most similar to its own (cosine). Green and ✓: the same class; orange and ✗: another. "
+        f"{100 * hits.mean():.0f} % of those shown are right. Orange ones that look alike (colour, texture) are honest "
+        "confusions; orange ones that look like nothing of the kind say that the features miss the content.",
     ), figure
 
 

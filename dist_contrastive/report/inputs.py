@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a report is made of. N samples of the test split, features of size D, images of side S.
+    """What a report is made of. N samples of a split, features of size D, images of side S.
 
     Everything but `run_dir` may be missing (empty or None): its section is left out then, and the page says so.
     """
@@ -22,13 +22,19 @@ class RunReport:
     """The configuration as nested dicts (`config.to_dict`)."""
     metrics: Sequence[Mapping[str, Any]] = ()
     """The lines of metrics.jsonl, in order."""
+    schedules: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """What each update of the whole run was to use, from the first: `learning_rate`, `teacher_momentum`."""
     probe: Mapping[str, Any] | None = None
     """What probe.json holds."""
+    learns_from_labels: bool = False
+    """Whether the loss reads the labels."""
     class_names: Sequence[str] = ()
+    samples: str = "test images"
+    """What the features are of: test images, or training images where the dataset has no others."""
     features: np.ndarray | None = None
-    """Features of test samples, float32 [N, D], of the trained encoder."""
+    """Features of `samples`, float32 [N, D], of the trained encoder."""
     labels: np.ndarray | None = None
-    """Their classes, integers [N]."""
+    """Their classes, integers [N]; None where the dataset has no labels."""
     thumbnails: np.ndarray | None = None
     """Their images, uint8 [N, S, S, 3]; [N, S, S] and [N, S, S, 1] are taken for grey."""
     spectrum: np.ndarray | None = None
@@ -40,7 +46,11 @@ class RunReport:
     originals: np.ndarray | None = None
     """The same samples without augmentation, uint8 [n, S, S, 3]."""
     machine: Mapping[str, Any] = field(default_factory=dict)
-    """What the run ran on, name -> value, shown in this order. `duration_s` and `images_per_s` also go on top."""
+    """What the run ran on, name -> value, shown in this order."""
+    starts: Sequence[Mapping[str, Any]] = ()
+    """When it was started and each time resumed: after which `step`, and at what `time`."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Where its time went: seconds by part, all of them together its duration."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class Section:
     name: str
     title: str
     caption: str = ""
+    """` [[name]]` in it becomes a link that says where the section `name` stands: above or below; nothing if it is left out."""
     missing: str = ""
 
 

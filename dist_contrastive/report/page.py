@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,6 @@ td.value, table.names td:last-child { font-family: ui-monospace, monospace; font
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px 20px; margin: 1.2rem 0 0; }
 dt { color: var(--dim); font-size: .85rem; }
 dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; }
-details summary { cursor: pointer; font-weight: 600; font-size: 1.15rem; }
-details table { margin-top: .8rem; }
 @media print { body { background: #fff; font-size: 11pt; } main { max-width: none; padding: 0; } nav { display: none; }
   section, header { border: 0; padding: 0; break-inside: avoid; } }
 """.strip()
@@ -58,30 +57,36 @@ def build_page(inputs: RunReport, sections: Sequence[Section], plots: Path) -> s
     name = str(flat.get("recipe") or inputs.run_dir.name)
     shown = [section for section in sections if not section.missing]
     left_out = [section for section in sections if section.missing]
-    nav = " · ".join(f'<a href="#{section.name}">{html.escape(section.title)}</a>' for section in shown)
+    order = [section.name for section in shown]
+    tables = [
+        (anchor, title, values)
+        for anchor, title, values in (
+            ("course", "When it ran, and where its time went", _course(inputs)),
+            ("machine", "Machine", flatten(inputs.machine)),
+            ("protocol", "Protocol of the probe", flatten((inputs.probe or {}).get("protocol") or {})),
+            ("configuration", "Configuration", flat),
+        )
+        if values
+    ]
+    entries = [(section.name, section.title) for section in shown] + [(anchor, title) for anchor, title, _ in tables]
+    nav = " · ".join(f'<a href="#{anchor}">{html.escape(title)}</a>' for anchor, title in entries)
     body = [
         f"<header><h1>{html.escape(_headline(flat, name))}</h1>",
-        _summary(inputs, flat),
+        _summary(inputs, flat, order),
         f"<nav>{nav}</nav>" if nav else "",
         "</header>",
     ]
-    for section in shown:
+    for position, section in enumerate(shown):
         picture = base64.b64encode((plots / f"{section.name}.png").read_bytes()).decode("ascii")
         body.append(
             f'<section id="{section.name}"><h2>{html.escape(section.title)}</h2><figure>'
             f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{picture}">'
-            f"<figcaption>{html.escape(section.caption)}</figcaption></figure></section>"
+            f"<figcaption>{_with_places(section.caption, position, order)}</figcaption></figure></section>"
         )
     if left_out:
         items = "".join(f"<li>{html.escape(s.title)}: {html.escape(s.missing)}.</li>" for s in left_out)
         body.append(f'<section class="missing"><h2>Left out</h2><ul>{items}</ul></section>')
-    for title, values in (
-        ("Machine", _with_units(inputs.machine)),
-        ("Protocol of the probe", flatten((inputs.probe or {}).get("protocol") or {})),
-        ("Configuration", flat),
-    ):
-        if values:
-            body.append(f"<section><details open><summary>{title}</summary>{_table(values)}</details></section>")
+    body += [f'<section id="{anchor}"><h2>{title}</h2>{_table(values)}</section>' for anchor, title, values in tables]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -96,7 +101,19 @@ def _headline(flat: Mapping[str, Any], name: str) -> str:
     return f"{name}: what {method} taught {encoder}" if method and encoder else name
 
 
-def _summary(inputs: RunReport, flat: Mapping[str, Any]) -> str:
+def _with_places(text: str, position: int, order: Sequence[str]) -> str:
+    """`text` as HTML, its ` [[name]]` resolved (see `Section.caption`) for a text at `position` of `order` (-1: on top)."""
+
+    def place(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in order:
+            return ""
+        return f' <a href="#{name}">{"above" if order.index(name) < position else "below"}</a>'
+
+    return re.sub(r" \[\[(\w+)\]\]", place, html.escape(text))
+
+
+def _summary(inputs: RunReport, flat: Mapping[str, Any], order: Sequence[str]) -> str:
     """The scores beside their baselines in words and as a table, then the run in a few facts."""
     probe = inputs.probe or {}
     parts = []
@@ -108,10 +125,11 @@ def _summary(inputs: RunReport, flat: Mapping[str, Any]) -> str:
         )
         parts.append(f'<p class="verdict">{html.escape(text)}</p>')
         if linear <= max(raw, init):
-            parts.append(
-                '<p class="notice">The training did not pay: the features are no better than a baseline. Look at the loss and at '
-                "the agreement of views below for the reason.</p>"
+            text = (
+                "The training did not pay: the features are no better than a baseline. Look at the loss [[loss]] and at the "
+                "agreement of views [[positive_cosine]] for the reason."
             )
+            parts.append(f'<p class="notice">{_with_places(text, -1, order)}</p>')
     rows = [
         (label, [probe.get(f"{prefix}{kind}_top1") for prefix in ("", "init_", "raw_")])
         for label, kind in (("Linear classifier", "linear"), (_knn_label(probe), "knn"))
@@ -133,7 +151,8 @@ def _summary(inputs: RunReport, flat: Mapping[str, Any]) -> str:
         )
         parts.append(_best(probe))
     else:
-        parts.append('<p class="notice">This run was not probed, so there are no scores.</p>')
+        why = "The probe has no accuracies" if probe else "This run was not probed, so there are no scores"
+        parts.append(f'<p class="notice">{why}.</p>')
     facts = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in _facts(inputs, flat).items())
     return "".join(parts) + "<dl>" + facts.replace("<dt>", "<div><dt>").replace("</dd>", "</dd></div>") + "</dl>"
 
@@ -174,24 +193,33 @@ def _facts(inputs: RunReport, flat: Mapping[str, Any]) -> dict[str, str]:
     steps = series(inputs.metrics, "step")[1]
     add("Steps", int(steps[-1]) if len(steps) else None, "{:,}")
     add("Global batch", flat.get("batch.size"), "{} images")
+    add("Seed", flat.get("seed"))
     add("Ranks", inputs.machine.get("ranks"))
-    duration, rate = inputs.machine.get("duration_s"), inputs.machine.get("images_per_s")
-    if not is_number(rate):
-        rates = series(inputs.metrics, "images_per_s")[1]
-        rate = float(np.median(rates)) if len(rates) else None
-    add("Duration", _duration(float(duration)) if is_number(duration) else None)
-    add("Throughput", rate, "{:,.0f} images/s")
+    add("Duration", _duration(sum(inputs.seconds.values())) if inputs.seconds else None)
+    add("Resumed", _times(len(inputs.starts) - 1) if inputs.starts else None)
+    rates = series(inputs.metrics, "images_per_s")[1]
+    add("Throughput", float(np.median(rates)) if len(rates) else None, "{:,.0f} images/s")
     memory = series(inputs.metrics, "peak_memory_mib")[1]
     add("Peak memory of a rank", float(memory.max()) if len(memory) else None, "{:,.0f} MiB")
+    version, commit = inputs.machine.get("dist_contrastive"), inputs.machine.get("commit")
+    add("Version", f"{version}, commit {commit}" if version and commit else version)
     return facts
 
 
-def _with_units(machine: Mapping[str, Any]) -> dict[str, Any]:
-    """The machine's values as they are read best; names that are not known stay as they came."""
-    values = dict(machine)
-    if is_number(values.get("duration_s")):
-        values["duration_s"] = _duration(float(values["duration_s"]))
-    return {name.removesuffix("_s") if name == "duration_s" else name: value for name, value in values.items()}
+def _times(count: int) -> str:
+    return {0: "never", 1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def _course(inputs: RunReport) -> dict[str, Any]:
+    """When the run was started and resumed, and its time by part, the longest first."""
+    rows: dict[str, Any] = {}
+    if inputs.starts:
+        rows["started"] = inputs.starts[0]["time"]
+        rows["resumed"] = [f"after step {start['step']}: {start['time']}" for start in inputs.starts[1:]] or "never"
+    total = sum(inputs.seconds.values())
+    for part, seconds in sorted(inputs.seconds.items(), key=lambda item: -item[1]):
+        rows[part.replace("_", " ")] = f"{_duration(seconds)} ({100 * seconds / max(total, 1e-9):.0f} %)"
+    return rows
 
 
 def _duration(seconds: float) -> str:
@@ -201,7 +229,7 @@ def _duration(seconds: float) -> str:
 
 
 def _percent(score: Any) -> str:
-    return f"{100 * float(score):.1f} %" if is_number(score) else "–"
+    return f"{100 * float(score):.1f}\u00a0%" if is_number(score) else "–"
 
 
 def _table(values: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ STYLE: Any = {
     "grid.color": "#e4e7eb", "grid.linewidth": 0.8, "axes.axisbelow": True, "lines.linewidth": 2.0,
     "figure.facecolor": "white", "axes.facecolor": "white", "figure.constrained_layout.use": True,
     "figure.constrained_layout.w_pad": 0.08, "figure.constrained_layout.h_pad": 0.08, "savefig.dpi": 150,
+    "agg.path.chunksize": 10_000,  # a curve of a million steps is more than the renderer takes at once
 }  # fmt: skip
 WIDTH = 9.0  # inches; at 150 dots per inch legible where the page shows it 900 pixels wide
 
