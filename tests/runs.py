@@ -64,7 +64,7 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def losses_of(run_dir: Path) -> list[float]:
-    return [line["loss"] for line in metrics_of(run_dir)]
+    return [line["loss"] for line in metrics_of(run_dir) if "loss" in line]
 
 
 def newest_checkpoint(run_dir: Path) -> Checkpoint:

@@ -74,7 +74,8 @@ def test_a_finished_run_has_everything(finished: Path) -> None:
 
 
 def test_metrics_carry_their_units(finished: Path) -> None:
-    lines = read_metrics(finished / "metrics.jsonl")
+    every = read_metrics(finished / "metrics.jsonl")
+    lines = [line for line in every if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 2 * STEPS_PER_EPOCH + 1))
     assert set(lines[0]) == {
         "step", "epoch", "loss", "positive_cosine", "effective_rank", "learning_rate", "grad_norm", "images_per_s",
@@ -85,6 +86,22 @@ def test_metrics_carry_their_units(finished: Path) -> None:
     assert [event.step for event in events.Scalars("loss")] == [line["step"] for line in lines]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
     assert [event.step for event in events.Scalars("probe/linear_top1")] == [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH]
+    history = json.loads((finished / "probe.json").read_text())["history"]
+    for name in ("linear_top1", "knn_top1"):
+        found = [(line["step"], line[f"probe/{name}"]) for line in every if f"probe/{name}" in line]
+        assert found == [(entry["step"], entry[name]) for entry in history]
+    assert {tag.removeprefix("report/") for tag in events.Tags()["images"]} == {
+        path.stem for path in (finished / "plots").iterdir()
+    }
+
+
+def test_the_machine_says_when_the_run_started_and_where_its_time_went(finished: Path) -> None:
+    machine = json.loads((finished / "machine.json").read_text())
+    assert [start["step"] for start in machine["starts"]] == [0]
+    assert set(machine["seconds"]) == {
+        "start", "first_step", "training", "waiting_for_data", "probes", "checkpoints", "report",
+    }  # fmt: skip
+    assert min(machine["seconds"].values()) >= 0
 
 
 def test_probe_json_has_scores_baselines_and_protocol(finished: Path) -> None:

@@ -3,12 +3,16 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from dist_contrastive.metrics import MetricsLog, StepTimer, read_metrics
+from dist_contrastive.metrics import MetricsLog, StepTimer, TimeSplit, read_metrics
 
 
 def write_steps(folder: Path, resumed_after: int, steps: range, loss: float) -> None:
@@ -68,6 +72,65 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     log.close()
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text == '{"step": 1, "epoch": 0, "loss": null, "grad_norm": null, "step_time_ms": 2.0}\n'
+
+
+PROBE: dict[str, Any] = {"linear_top1": 0.75, "knn_top1": 0.5, "linear_converged": True, "linear_per_class": [0.5, 1.0]}
+
+
+def test_a_probes_numbers_follow_their_step_in_both_logs(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    log.write(4, 0, {"loss": 1.0})
+    log.write_probe(4, 0, PROBE)
+    log.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 4, "epoch": 0, "loss": 1.0},
+        {"step": 4, "epoch": 0, "probe/linear_top1": 0.75, "probe/knn_top1": 0.5},
+    ]
+    assert tensorboard(tmp_path, "probe/linear_top1") == [(4, 0.75)]
+
+
+@pytest.mark.parametrize(("probed", "left"), [((), 1), ((4,), 2)])
+def test_a_probe_that_the_run_has_forgotten_leaves_the_log(tmp_path: Path, probed: tuple[int, ...], left: int) -> None:
+    """The last probe comes after the checkpoint of its step: a run that is resumed between the two probes again."""
+    log = MetricsLog(tmp_path, 0)
+    log.write(4, 0, {"loss": 1.0})
+    log.write_probe(4, 0, PROBE)
+    log.close()
+    MetricsLog(tmp_path, 4, probed).close()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == left
+
+
+def test_tensorboard_gets_config_and_pictures_without_a_second_run(tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    Image.fromarray(np.full((6, 8, 3), 7, np.uint8)).save(tmp_path / "plots" / "loss.png")
+    log = MetricsLog(tmp_path, 0)
+    log.write_probe(4, 0, PROBE)
+    log.conclude(4, {"seed": 3, "augment.flip": [0.5], "encoder.name": "resnet18", "nothing": None}, tmp_path / "plots")
+    log.close()
+    assert [path for path in (tmp_path / "tensorboard").iterdir() if path.is_dir()] == []
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (picture,) = events.Images("report/loss")
+    assert (picture.step, picture.width, picture.height) == (4, 8, 6)
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    found = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert (found["seed"].number_value, found["encoder.name"].string_value) == (3, "resnet18")
+    assert found["augment.flip"].string_value == "[0.5]"
+    content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    names = {metric.name.tag for metric in HParamsPluginData.FromString(content).experiment.metric_infos}
+    assert names == {"probe/linear_top1", "probe/knn_top1"}
+
+
+def test_each_moment_belongs_to_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 103.0, 105.0, 109.0, 110.0])
+    monkeypatch.setattr("dist_contrastive.metrics.time.monotonic", lambda: next(clock))
+    times = TimeSplit()
+    times.lap("start")
+    times.lap("training", {"waiting_for_data": 0.5})
+    times.lap("training", {"waiting_for_data": 1.5})
+    assert times.seconds == {"start": 3.0, "training": 4.0, "waiting_for_data": 2.0}
+    assert times.total == 10.0
 
 
 def test_no_file_is_no_lines(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""The report: pictures and one page that needs nothing else, whatever the run has or lacks."""
+"""The report: pictures and one page that needs nothing else, whatever the run has or lacks, and whose words hold."""
 
+import colorsys
 import html
 import math
 import re
@@ -8,13 +9,22 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 
+from dist_contrastive import report
 from dist_contrastive.config import to_dict
 from dist_contrastive.recipes import RECIPES
-from dist_contrastive.report import PLOT_NAMES, RunReport, write_report
+from dist_contrastive.report import PLOT_NAMES, SECTIONS, RunReport, write_report
+from dist_contrastive.report.curves import learning_rate, loss, per_class, positive_cosine, throughput
+from dist_contrastive.report.inputs import Section
+from dist_contrastive.report.style import STYLE
+from dist_contrastive.schedules import ema_momentum
+from dist_contrastive.schedules import learning_rate as scheduled_rate
 
 CLASSES = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina")
 SIZE = 32
@@ -52,9 +62,14 @@ def whole_run(folder: Path, num_samples: int = 240) -> RunReport:
         run_dir=folder,
         config=to_dict(RECIPES["photos"]()),
         metrics=metrics(120),
+        schedules={
+            "learning_rate": [scheduled_rate(step, 120, 10, 1e-3) for step in range(120)],
+            "teacher_momentum": [ema_momentum(step / 120, 0.99) for step in range(1, 121)],
+        },
         probe={
             **history[-1], "history": history, "best": history[-1], "raw_linear_top1": 0.372, "init_linear_top1": 0.561,
             "raw_knn_top1": 0.41, "init_knn_top1": 0.52, "protocol": {"linear": "L2, L-BFGS", "knn_k": 200},
+            "linear_per_class": [0.9, 0.8, 0.4, 1.0, 0.7, 0.6], "knn_per_class": [0.8, 0.8, 0.3, 0.9, 0.7, 0.6],
         },
         class_names=CLASSES,
         features=(centers[labels] + 0.8 * noise.normal(size=(num_samples, SIZE))).astype(np.float32),
@@ -64,7 +79,12 @@ def whole_run(folder: Path, num_samples: int = 240) -> RunReport:
         untrained_spectrum=np.logspace(0, -6, SIZE),
         views=noise.integers(0, 256, size=(8, 2, 16, 16, 3)).astype(np.uint8),
         originals=images[:8],
-        machine={"cpu": "A processor", "ranks": 2, "duration_s": 754.2},
+        machine={"cpu": "A processor", "ranks": 2, "dist_contrastive": "0.1.0", "commit": "0123456789ab"},
+        starts=[
+            {"step": 0, "time": "2026-11-24T10:00:00+00:00"}, {"step": 50, "time": "2026-11-24T11:00:00+00:00"},
+            {"step": 50, "time": "2026-11-24T12:00:00+00:00"},
+        ],
+        seconds={"training": 700.0, "probes": 50.0, "report": 4.2},
     )  # fmt: skip
 
 
@@ -92,7 +112,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += data.replace("\u00a0", " ")
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +155,151 @@ def test_scores_stand_on_top_beside_their_baselines(whole: tuple[Path, str]) -> 
     )
     assert sentence in text
     assert "did not pay" not in text
-    assert "12 min 34 s" in text
     assert "Left out" not in text
+
+
+def test_the_page_says_with_what_and_when_the_run_ran(whole: tuple[Path, str]) -> None:
+    text = re.sub(r"<[^>]+>", " ", whole[1].replace("</td><td", "</td> <td"))
+    for words in (
+        "Seed 0", "Resumed twice", "Duration 12 min 34 s", "Version 0.1.0, commit 0123456789ab",
+        "started 2026-11-24T10:00:00+00:00",
+        "resumed after step 50: 2026-11-24T11:00:00+00:00, after step 50: 2026-11-24T12:00:00+00:00",
+        "training 11 min 40 s (93 %)", "probes 50 s (7 %)", "report 4.2 s (1 %)",
+    ):  # fmt: skip
+        assert words in re.sub(r"\s+", " ", text), words
+
+
+def test_nothing_is_folded(whole: tuple[Path, str]) -> None:
+    assert "<details" not in whole[1]
+    assert "batch.memory_gib" in whole[1]
+
+
+def places(text: str) -> list[tuple[str, str, bool]]:
+    """Of each word of a page that says where a section stands: the word, the section, and whether that is below the word."""
+    return [
+        (match[2], match[1], text.index(f'<section id="{match[1]}"') > match.start())
+        for match in re.finditer(r'<a href="#(\w+)">(above|below)</a>', text)
+    ]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_what_is_said_to_stand_above_or_below_does(
+    backwards: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "SECTIONS", SECTIONS[::-1] if backwards else SECTIONS)
+    inputs = whole_run(tmp_path, num_samples=40)
+    worse = replace(inputs, probe={**(inputs.probe or {}), "init_linear_top1": 0.9})
+    text = write_report(worse).read_text()
+    found = places(text)
+    assert {section for _, section, _ in found} == {"probe", "map", "loss", "positive_cosine"}
+    for word, section, is_below in found:
+        assert (word == "below") == is_below, section
+    # Whoever writes "the probe below" by hand is found here.
+    sections = "|".join(name.replace("_", " ") for name in PLOT_NAMES)
+    assert not re.search(rf"\b({sections}) (above|below)\b(?!</a>)", text)
+    assert "[[" not in text
+
+
+def test_what_is_left_out_has_no_place(tmp_path: Path) -> None:
+    page = Page(write_report(RunReport(run_dir=tmp_path, metrics=metrics(3))).read_text())
+    assert "little about the features: the probe does." in page.text
+    assert {reference for reference in page.references if reference.startswith("#")} == {
+        f"#{name}" for name in page.ids
+    }
+
+
+HUES = {"orange": (15, 45), "green": (90, 175), "blue": (190, 250), "purple": (260, 345), "red": (-15, 15)}
+"""Of the words that captions may use, in degrees."""
+
+
+def hues(figure: Figure) -> list[float]:
+    """The hues of what is drawn in colour, in degrees from -15 to 345."""
+    found = []
+    for artist in figure.findobj():
+        for name in ("get_color", "get_edgecolor", "get_facecolor"):
+            try:
+                hue, saturation, _ = colorsys.rgb_to_hsv(*to_rgb(getattr(artist, name)()))
+            except (AttributeError, ValueError):
+                continue
+            if saturation > 0.5:
+                found.append((360 * hue + 15) % 360 - 15)
+    return found
+
+
+def drawn(inputs: RunReport) -> list[tuple[Section, Figure]]:
+    with matplotlib.rc_context(STYLE):
+        sections = [draw(inputs) for draw in SECTIONS]
+    return [(section, figure) for section, figure in sections if figure is not None]
+
+
+def test_captions_name_colours_that_are_in_the_picture(tmp_path: Path) -> None:
+    named = 0
+    for section, figure in drawn(whole_run(tmp_path, num_samples=40)):
+        for word in re.findall(rf"\b({'|'.join(HUES)})\b", section.caption.lower()):
+            low, high = HUES[word]
+            assert any(low <= hue < high for hue in hues(figure)), f"{section.name}: {word}"
+            named += 1
+    assert named >= 4
+
+
+def test_captions_name_the_panels_that_are_there(tmp_path: Path) -> None:
+    inputs = whole_run(tmp_path)
+    words = {1: [], 2: ["Left", "Right"], 3: ["Left", "Middle", "Right"]}
+    without_norm = [{k: v for k, v in line.items() if k != "grad_norm"} for line in inputs.metrics]
+    for changes, panels in (
+        ({}, (3, 2, 2)),
+        ({"schedules": {"learning_rate": [0.1, 0.2]}}, (2, 2, 2)),
+        ({"schedules": {"learning_rate": [0.1]}, "metrics": without_norm}, (1, 2, 2)),
+        ({"metrics": [{"step": 1, "positive_cosine": 0.5, "step_time_ms": 3.0}]}, (2, 1, 1)),
+    ):
+        for draw, count in zip((learning_rate, positive_cosine, throughput), panels, strict=True):
+            section, figure = draw(replace(inputs, **changes))
+            assert figure is not None
+            assert len(figure.axes) == count
+            assert re.findall(r"\b(Left|Middle|Right):", section.caption) == words[count]
+            if count == 1:
+                assert section.caption[0].isupper()
+
+
+def test_schedules_are_drawn_step_by_step_whatever_was_logged(tmp_path: Path) -> None:
+    inputs = whole_run(tmp_path)
+    _, figure = learning_rate(replace(inputs, metrics=[inputs.metrics[0], inputs.metrics[-1]]))
+    assert figure is not None
+    for ax, name in zip(figure.axes, ("learning_rate", "teacher_momentum"), strict=False):
+        (line,) = ax.get_lines()
+        np.testing.assert_array_equal(line.get_xdata(), np.arange(1, 121))
+        np.testing.assert_array_equal(line.get_ydata(), inputs.schedules[name])
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 19, 20, 120, 3000])
+def test_no_logged_value_is_out_of_sight(num_steps: int, tmp_path: Path) -> None:
+    """A step beyond an axis has a mark at its edge."""
+    inputs = replace(whole_run(tmp_path), metrics=metrics(num_steps))
+    for draw, names in (
+        (loss, ("loss",)),
+        (positive_cosine, ("positive_cosine", "effective_rank")),
+        (throughput, ("images_per_s", "step_time_ms", "loader_wait_ms")),
+    ):
+        _, figure = draw(inputs)
+        assert figure is not None
+        seen = {
+            (round(x), y)
+            for ax in figure.axes
+            for line in ax.get_lines()
+            for x, y in zip(*map(np.asarray, line.get_data()), strict=True)
+            if ax.get_xlim()[0] <= x <= ax.get_xlim()[1] and (ax.get_ylim()[0] <= y <= ax.get_ylim()[1])
+        }
+        marked = {
+            round(x)
+            for ax in figure.axes
+            for line in ax.get_lines()
+            if line.get_marker() == "^"
+            for x in line.get_xdata()
+        }
+        for line in inputs.metrics:
+            for name in names:
+                assert (line["step"], line[name]) in seen or line["step"] in marked, (name, line["step"])
+        assert marked == ({1} if draw is throughput and num_steps > 2 else set())
 
 
 def test_a_training_that_did_not_pay_is_called_that(tmp_path: Path) -> None:
@@ -159,7 +322,9 @@ def test_whatever_comes_from_outside_is_escaped(tmp_path: Path) -> None:
         inputs,
         config={**config, "data": {"path": f"{evil}.beton"}, evil: evil},
         class_names=[evil, "$x^2", "a_b{", "\n", "ü", ""],
-        machine={evil: evil, "duration_s": evil, "images_per_s": evil},
+        machine={evil: evil, "dist_contrastive": evil, "commit": evil},
+        starts=[{"step": evil, "time": evil}, {"step": evil, "time": evil}],
+        seconds={evil: 1.0},
         probe={**(inputs.probe or {}), "protocol": {evil: [evil], "knn_k": evil}},
         metrics=[{"step": 1, "loss": evil}, {"loss": 3.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 2.0}],
     )
@@ -186,10 +351,13 @@ def test_without_anything_every_part_is_left_out_with_a_reason(tmp_path: Path) -
     [
         (
             {"metrics": (), "thumbnails": None, "features": np.ones((40, SIZE), np.float32)},
-            {"loss", "positive_cosine", "learning_rate", "throughput", "map", "neighbours"},
+            {"loss", "positive_cosine", "throughput", "map", "neighbours"},
         ),
-        ({"probe": None, "features": None, "spectrum": np.full(SIZE, np.nan)}, {"probe", "map", "neighbours"}),
-        ({"labels": None, "spectrum": None, "untrained_spectrum": np.zeros(SIZE)}, {"map", "neighbours", "spectrum"}),
+        (
+            {"probe": None, "features": None, "spectrum": np.full(SIZE, np.nan)},
+            {"probe", "per_class", "map", "neighbours"},
+        ),
+        ({"schedules": {}, "spectrum": None, "untrained_spectrum": np.zeros(SIZE)}, {"spectrum"}),
         ({"features": None, "views": None}, {"map", "neighbours", "views"}),
     ],
 )
@@ -199,9 +367,57 @@ def test_what_a_run_lacks_leaves_the_rest_alone(tmp_path: Path, lacking: dict[st
         (tmp_path / "plots" / f"{name}.png").write_text("old")
     page = write_report(replace(whole_run(tmp_path, num_samples=40), **lacking))
     assert {path.stem for path in (tmp_path / "plots").iterdir()} == set(PLOT_NAMES) - missing
-    assert Page(page.read_text()).text.count(": there ") + Page(page.read_text()).text.count(": the run ") >= len(
-        missing
-    )
+    assert page.read_text().count("<li>") == len(missing)
+
+
+def test_without_labels_the_page_holds_and_claims_no_classes(tmp_path: Path) -> None:
+    probe = {"effective_rank": 20.0, "protocol": {"encoder": "frozen"}}
+    report = replace(whole_run(tmp_path, num_samples=40), labels=None, class_names=(), probe=probe)
+    text = Page(write_report(report).read_text()).text
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == set(PLOT_NAMES) - {"probe", "per_class"}
+    assert "The probe has no accuracies" in text
+    assert "not probed" not in text
+    shown = text[: text.index("Left out")]
+    for word in ("class", "Green", "✓", "% of those shown"):
+        assert word not in re.sub(r"classif\w+", "", shown), word
+
+
+@pytest.mark.parametrize(("saw", "words"), [(False, "which training never saw"), (True, "which training saw, too")])
+def test_the_map_says_whether_training_saw_the_classes(saw: bool, words: str, tmp_path: Path) -> None:
+    inputs = replace(whole_run(tmp_path, num_samples=40), learns_from_labels=saw)
+    assert words in write_report(inputs).read_text()
+
+
+def test_training_images_are_not_called_test_images(tmp_path: Path) -> None:
+    inputs = replace(whole_run(tmp_path, num_samples=40), samples="training images", probe=None)
+    text = Page(write_report(inputs).read_text()).text
+    assert "Map of the training images" in text
+    assert "test image" not in text.lower()
+
+
+def labels_of(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].get_yticklabels()]
+
+
+def test_classes_stand_from_the_best_to_the_worst(tmp_path: Path) -> None:
+    section, figure = per_class(whole_run(tmp_path))
+    assert figure is not None
+    assert labels_of(figure) == [CLASSES[label] for label in (3, 0, 1, 4, 5, 2)]
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [1.0, 0.9, 0.8, 0.7, 0.6, 0.4]  # type: ignore[attr-defined]
+    assert "Classes, the best first" in section.caption
+
+
+def test_of_many_classes_the_best_and_the_worst_are_shown(tmp_path: Path) -> None:
+    scores = [None if label == 5 else label / 1000 for label in range(1000)]  # no test image is of class 5
+    names = [f"name {label}" for label in range(1000)]
+    inputs = replace(whole_run(tmp_path), class_names=names, probe={"linear_per_class": scores})
+    section, figure = per_class(inputs)
+    assert figure is not None
+    assert labels_of(figure) == [
+        f"name {label}" for label in (*range(999, 979, -1), *range(20, 5, -1), *range(4, -1, -1))
+    ]
+    assert "The 20 best and the 20 worst of 999 classes" in section.caption
+    assert "orange" not in section.caption
 
 
 @pytest.mark.parametrize("num_steps", [1, 20])

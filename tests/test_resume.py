@@ -63,7 +63,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(num_ranks: int, d
     run_ranks(train_on_rank, num_ranks, replace(parts, stop_after_steps=LAST_STEP))
     assert_same_state(newest_checkpoint(parts.run_dir), newest_checkpoint(whole.run_dir))
     assert metrics_of(parts.run_dir) == metrics_of(whole.run_dir), f"k = {k}"
-    assert [line["step"] for line in metrics_of(parts.run_dir)] == list(range(1, LAST_STEP + 1))
+    steps = [line["step"] for line in metrics_of(parts.run_dir) if "loss" in line]
+    assert steps == list(range(1, LAST_STEP + 1))
+    starts = newest_checkpoint(parts.run_dir).state["extra"]["starts"]
+    assert [start["step"] for start in starts] == [0, k]
+
+
+@pytest.mark.parametrize("log_every", [1, 3, 50])
+def test_every_step_is_logged_and_what_costs_now_and_then(log_every: int, dataset: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", dataset, stop_after_steps=7, log_every=log_every)
+    run_ranks(train_on_rank, 1, config)
+    lines = metrics_of(config.run_dir)
+    assert [line["step"] for line in lines] == list(range(1, 8))
+    for line in lines:
+        assert {"loss", "learning_rate", "grad_norm"} <= line.keys()
+    costly = [line["step"] for line in lines if "effective_rank" in line]
+    assert costly == [step for step in range(1, 8) if step == 1 or step % log_every == 0]
 
 
 def test_a_stopped_runs_tensorboard_has_all_its_steps(dataset: Path, tmp_path: Path) -> None:

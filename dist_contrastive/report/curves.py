@@ -249,14 +249,15 @@ def _limit(ax: Axes, unit: str) -> bool:
     values = [np.asarray(curve.get_ydata(), dtype=np.float64) for curve in curves]
     top = max(1e-9, 1.15 * min(np.concatenate(values).max(), 2.5 * max(np.median(v) for v in values)))
     ax.set_ylim(0, top)
-    edge = ax.get_xaxis_transform()
+    edge, levels = ax.get_xaxis_transform(), dict[str, float]()
     highest = (0.0, 0.0, "")
     for curve, heights in zip(curves, values, strict=True):
         beyond = heights > top
         if not beyond.any():
             continue
         steps, color = np.asarray(curve.get_xdata(), dtype=np.float64), str(curve.get_color())
-        ax.plot(steps[beyond], np.full(beyond.sum(), 0.98), "^", markersize=6, color=color, transform=edge)
+        level = levels.setdefault(color, 0.98 - 0.07 * len(levels))
+        ax.plot(steps[beyond], np.full(beyond.sum(), level), "^", markersize=6, color=color, transform=edge)
         curve.set_ydata(np.where(beyond, np.nan, heights))
         highest = max(highest, (float(heights.max()), float(steps[heights.argmax()]), color))
     height, step, color = highest
@@ -264,7 +265,7 @@ def _limit(ax: Axes, unit: str) -> bool:
         return False
     left = step < np.mean(ax.get_xlim())
     ax.annotate(
-        f"{height:,.0f} {unit}", (step, 0.98), (8 if left else -8, 0), xycoords=edge, textcoords="offset points",
+        f"{height:,.0f} {unit}", (step, levels[color]), (8 if left else -8, 0), xycoords=edge, textcoords="offset points",
         va="center", ha="left" if left else "right", color=color, fontsize=8.5,
     )  # fmt: skip
     return True
@@ -275,7 +276,9 @@ def probe(inputs: RunReport) -> tuple[Section, Figure | None]:
     title = "What the features are worth: the probe"
     probe = inputs.probe or {}
     if not is_number(probe.get("linear_top1")) and not is_number(probe.get("knn_top1")):
-        return Section("probe", title, missing="the run was not probed"), None
+        return Section(
+            "probe", title, missing="the probe has no accuracies" if probe else "the run was not probed"
+        ), None
     figure, axes = new_figure(3.8, columns=2)
     shown: list[float] = []
     for ax, name, title_of_ax in zip(axes, ("linear", "knn"), ("Linear classifier", "Nearest neighbours"), strict=True):

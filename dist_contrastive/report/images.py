@@ -116,7 +116,7 @@ def views(inputs: RunReport) -> tuple[Section, Figure | None]:
     return Section(
         "views",
         title,
-        "The views below one original must get similar embeddings, the views of different originals different ones. You "
+        "The views of one original, its column, must get similar embeddings, those of different originals different ones. You "
         "should still recognise most views. Views that are all alike make the task trivial; views in which nothing is left "
         "of the image make it impossible.",
     ), figure
