@@ -72,6 +72,15 @@ def _schedule(ax: Axes, values: Sequence[float], color: str) -> None:
 def _step_axis(ax: Axes) -> None:
     ax.set_xlabel("step (optimizer updates)")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    low, high = ax.get_xlim()
+    if high - low < 1:  # a single step, which else gets fractions of steps beside it
+        ax.set_xlim(low - 0.5, high + 0.5)
+
+
+def _height(ax: Axes, low: float, high: float) -> None:
+    """Let the axis show low to high with a little room beyond, so that no point is cut in half at an edge."""
+    span = (high - low) or 1.0
+    ax.set_ylim(low - 0.02 * span, high + 0.06 * span)
 
 
 def _has(inputs: RunReport, name: str) -> bool:
@@ -127,12 +136,12 @@ def positive_cosine(inputs: RunReport) -> tuple[Section, Figure | None]:
     def draw_cosine(ax: Axes) -> None:
         _curve(ax, inputs, "positive_cosine", BLUE)
         ax.set_ylabel("cosine of two views of one image")
-        ax.set_ylim(top=max(1.0, ax.get_ylim()[1]))
+        _height(ax, ax.dataLim.y0, max(1.0, ax.dataLim.y1))
 
     def draw_rank(ax: Axes) -> None:
         _curve(ax, inputs, "effective_rank", PURPLE)
         ax.set_ylabel("directions in use")
-        ax.set_ylim(bottom=0)
+        _height(ax, 0.0, ax.dataLim.y1)
 
     panels = []
     if _has(inputs, "positive_cosine"):
@@ -164,7 +173,7 @@ def learning_rate(inputs: RunReport) -> tuple[Section, Figure | None]:
         _schedule(ax, rates, BLUE)
         ax.set_ylabel("learning rate")
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.set_ylim(bottom=0)
+        _height(ax, 0.0, max(rates))
 
     def draw_momentum(ax: Axes) -> None:
         _schedule(ax, momenta, PURPLE)
@@ -179,7 +188,7 @@ def learning_rate(inputs: RunReport) -> tuple[Section, Figure | None]:
         if norms.min() > 0 and norms.max() > 30 * norms.min():
             ax.set_yscale("log")
         else:
-            ax.set_ylim(bottom=0)
+            _height(ax, 0.0, max(1e-9, norms.max()))
 
     panels = []
     if len(rates):
@@ -243,12 +252,13 @@ def throughput(inputs: RunReport) -> tuple[Section, Figure | None]:
 
 
 def _limit(ax: Axes, unit: str) -> bool:
-    """Let the axis start at 0 and leave outliers out, which would squeeze everything else onto the floor: a mark at the edge
-    stands for each of them, and a number for the highest. Whether there are any."""
+    """Let the axis start at 0 and leave outliers out, at most a tenth, which would squeeze everything else onto the floor: a
+    mark at the edge stands for each of them, and a number for the highest. Whether there are any."""
     curves = list(ax.get_lines())
     values = [np.asarray(curve.get_ydata(), dtype=np.float64) for curve in curves]
-    top = max(1e-9, 1.15 * min(np.concatenate(values).max(), 2.5 * max(np.median(v) for v in values)))
-    ax.set_ylim(0, top)
+    usual = max(max(2.5 * np.median(v), np.quantile(v, 0.9, method="lower")) for v in values)
+    top = max(1e-9, min(np.concatenate(values).max(), usual))
+    _height(ax, 0.0, top)
     edge, levels = ax.get_xaxis_transform(), dict[str, float]()
     highest = (0.0, 0.0, "")
     for curve, heights in zip(curves, values, strict=True):
@@ -266,7 +276,8 @@ def _limit(ax: Axes, unit: str) -> bool:
     left = step < np.mean(ax.get_xlim())
     ax.annotate(
         f"{height:,.0f} {unit}", (step, levels[color]), (8 if left else -8, 0), xycoords=edge, textcoords="offset points",
-        va="center", ha="left" if left else "right", color=color, fontsize=8.5,
+        va="center", ha="left" if left else "right", color=color, fontsize=8.5, zorder=4,
+        path_effects=[withStroke(linewidth=3, foreground="white")],
     )  # fmt: skip
     return True
 
