@@ -283,20 +283,16 @@ def test_no_logged_value_is_out_of_sight(num_steps: int, tmp_path: Path) -> None
     ):
         _, figure = draw(inputs)
         assert figure is not None
-        seen = set()
+        seen: set[tuple[int, float]] = set()
+        marked: set[int] = set()
         for ax in figure.axes:
             to_axes = ax.transData + ax.transAxes.inverted()
-            for line in ax.get_lines():
-                points = np.array(line.get_data()).T
+            for curve in ax.get_lines():
+                points = np.array(curve.get_data(), dtype=np.float64).T
+                if curve.get_marker() == "^":
+                    marked.update(int(step) for step, _ in points)
                 inside = (np.abs(to_axes.transform(points) - 0.5) < 0.49).all(1)
-                seen.update((round(x), float(y)) for x, y in points[inside])
-        marked = {
-            round(x)
-            for ax in figure.axes
-            for line in ax.get_lines()
-            if line.get_marker() == "^"
-            for x in line.get_xdata()
-        }
+                seen.update((int(step), float(value)) for step, value in points[inside])
         for line in inputs.metrics:
             for name in names:
                 assert (line["step"], line[name]) in seen or line["step"] in marked, (name, line["step"])
@@ -313,6 +309,12 @@ def test_the_best_epoch_stands_beside_the_last_never_instead(tmp_path: Path) -> 
     text = Page(write_report(RunReport(run_dir=tmp_path, probe=probe)).read_text()).text
     assert "70.0 %" in text
     assert "These are the last epoch's scores. The best linear score was 80.0 %" in text
+
+
+def test_the_neighbours_stand_there_at_each_k(tmp_path: Path) -> None:
+    probe = {"knn_top1": 0.7, "knn_top1_by_k": {"1": 0.6, "20": 0.7, "200": 0.65}}
+    text = Page(write_report(RunReport(run_dir=tmp_path, probe=probe)).read_text()).text
+    assert "Nearest neighbours at k = 1: 60.0 %, k = 20: 70.0 %, k = 200: 65.0 %." in text
 
 
 def test_whatever_comes_from_outside_is_escaped(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def collect_report(
     if not distributed.is_main():
         return None
     views, originals = example_views(config, dataset)
+    has_labels = len(dataset.manifest.classes) > 1
     return RunReport(
         run_dir=config.run_dir,
         config=to_dict(config),
@@ -59,10 +60,10 @@ def collect_report(
         schedules=schedules,
         probe=probe,
         learns_from_labels=config.method.needs_labels,
-        class_names=dataset.manifest.classes,
+        class_names=dataset.manifest.classes if has_labels else (),
         samples=samples,
         features=features.cpu().numpy(),
-        labels=dataset.labels[indices],
+        labels=dataset.labels[indices] if has_labels else None,
         thumbnails=_images(config, dataset, indices, min(THUMBNAIL_SIDE, config.data.image_size)),
         spectrum=covariance_spectrum(features).cpu().numpy(),
         untrained_spectrum=covariance_spectrum(untrained_features).cpu().numpy(),

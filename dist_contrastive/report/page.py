@@ -149,7 +149,7 @@ def _summary(inputs: RunReport, flat: Mapping[str, Any], order: Sequence[str]) -
             '<div class="scroll"><table class="scores"><thead><tr><th>Test images classified right</th><th>This run</th>'
             f"<th>Untrained encoder</th><th>Raw pixels</th></tr></thead><tbody>{cells}</tbody></table></div>"
         )
-        parts.append(_best(probe))
+        parts += [_other_k(probe), _best(probe)]
     else:
         why = "The probe has no accuracies" if probe else "This run was not probed, so there are no scores"
         parts.append(f'<p class="notice">{why}.</p>')
@@ -161,6 +161,15 @@ def _knn_label(probe: Mapping[str, Any]) -> str:
     protocol = probe.get("protocol")
     k = protocol.get("knn_k") if isinstance(protocol, Mapping) else None
     return f"Nearest neighbours, k = {k}" if k is not None else "Nearest neighbours"
+
+
+def _other_k(probe: Mapping[str, Any]) -> str:
+    """The scores of the neighbours at every k that was tried, as the choice of k decides between runs that are close."""
+    scores = probe.get("knn_top1_by_k")
+    if not isinstance(scores, Mapping) or len(scores) < 2:
+        return ""
+    text = ", ".join(f"k = {k}: {_percent(score)}" for k, score in scores.items())
+    return f'<p class="dim">{html.escape(f"Nearest neighbours at {text}.")}</p>'
 
 
 def _best(probe: Mapping[str, Any]) -> str:
