@@ -226,10 +226,10 @@ class ProbeConfig:
     """Without probes a run needs no test split and gives no scores."""
     every: int = 0
     """Epochs between probes; 0 probes at the end only."""
-    knn_k: int = 200
-    """How many nearest training images vote."""
+    knn_k: int = 0
+    """How many neighbours vote; 0 (automatic): a sixth of the training samples of the median class, at most 200."""
     knn_temperature: float = 0.1
-    """A vote weighs exp(cosine similarity / temperature)."""
+    """A neighbour of cosine s votes with weight exp(s / temperature)."""
     strengths: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
     """L2 strengths to choose from, per sample: the penalty is strength / 2 · |weights|² beside the mean loss."""
     holdout: float = 0.1
@@ -237,9 +237,12 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"--probe.every {self.every}: give 0 (only at the end) or more")
-        require(self.knn_k >= 1, f"--probe.knn-k {self.knn_k}: give at least 1")
+        require(self.knn_k >= 0, f"--probe.knn-k {self.knn_k}: give 0 (automatic) or more")
         require_positive("--probe.knn-temperature", self.knn_temperature)
-        require(len(self.strengths) > 0 and min(self.strengths) > 0, "--probe.strengths: give positive numbers")
+        require(
+            len(self.strengths) > 0 and all(0 < strength < math.inf for strength in self.strengths),
+            "--probe.strengths: give positive numbers",
+        )
         require(0 < self.holdout < 1, f"--probe.holdout {self.holdout}: give a fraction in (0, 1)")
 
 

@@ -1,1 +1,1 @@
-"""What a frozen encoder is worth: features, linear and nearest-neighbour probes, spectra, and the protocol around them."""
+"""What a frozen encoder is worth: its features, linear and nearest-neighbour probes, and the protocol around them."""

@@ -15,9 +15,8 @@ hundreds of times the variance of the median one), and a plain L-BFGS crawls. Th
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 
 from dist_contrastive import rng
 from dist_contrastive.config import require
+from dist_contrastive.evaluation.precision import full_precision
 
 MAX_ITERATIONS = 200
 TOLERANCE = 1e-4
@@ -67,6 +67,8 @@ class LinearScore:
     """L-BFGS iterations over all fits, the final one included."""
     converged: bool
     """Whether the final fit reached its tolerance."""
+    predictions: Tensor = field(compare=False)
+    """The class of each test sample, int64 [M]."""
 
 
 @dataclass(frozen=True)
@@ -104,18 +106,6 @@ def principal_directions(x: Tensor) -> PrincipalDirections:
     return PrincipalDirections(basis @ rotation, values, max(0.0, left_out.item()) / (size - BASIS_SIZE))
 
 
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in whole fp32, whatever the training loop asked for (TF32, autocast), without gradients."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def fit_logistic(
     x: Tensor,
     y: Tensor,
@@ -133,7 +123,7 @@ def fit_logistic(
     for features that are distributed alike. Stops when the estimated gap to the minimum, half of gᵀH⁻¹g with L-BFGS's H,
     is below `tolerance` times the objective, when rounding leaves no further descent, or after `max_iterations`.
     """
-    with _full_precision(x.device):
+    with full_precision(x.device):
         directions = directions or principal_directions(x)
         problem = _Problem(x, y, num_classes, strength)
         if start is None:
@@ -262,14 +252,18 @@ def holdout_mask(labels: Tensor, fraction: float, seed: int) -> Tensor:
 def _standardise(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """`x` and `others` less the mean of `x` and divided by its standard deviation; constant features become 0."""
     mean, std = x.double().mean(0), x.double().std(0, correction=0)
-    varies = std > 1e-6 * mean.abs() + 1e-12  # below it a feature's spread is rounding
+    varies = std > 1e-6 * mean.abs() + 1e-30  # below it a feature's spread is rounding
     mean, scale = mean.to(x), torch.where(varies, 1.0 / std.clamp_min(1e-30), 0.0).to(x)
     return tuple((part - mean) * scale for part in (x, *others))
 
 
-def _accuracy(fit: LogisticFit, x: Tensor, y: Tensor) -> float:
-    with _full_precision(x.device):
-        return (fit.predict(x) == y).double().mean().item()
+def _predict(fit: LogisticFit, x: Tensor) -> Tensor:
+    with full_precision(x.device):
+        return fit.predict(x)
+
+
+def _accuracy(predictions: Tensor, y: Tensor) -> float:
+    return (predictions == y).double().mean().item()
 
 
 def linear_probe(
@@ -302,9 +296,6 @@ def linear_probe(
         )
     classes, train_y = torch.unique(train_y.to(train_x.device), return_inverse=True)
     num_classes = len(classes)
-    test_y = test_y.to(train_x.device)
-    place = torch.searchsorted(classes, test_y).clamp_max(num_classes - 1)
-    test_y = torch.where(classes[place] == test_y, place, -1)
 
     path = sorted(strengths, reverse=True)
     chosen, chosen_fit, best, iterations, num_worse = path[0], None, None, 0, 0
@@ -320,7 +311,7 @@ def linear_probe(
                 tolerance=max(tolerance, PATH_TOLERANCE), max_iterations=max_iterations,
             )  # fmt: skip
             iterations += fit.iterations
-            top1 = _accuracy(fit, held_x, held_y)
+            top1 = _accuracy(_predict(fit, held_x), held_y)
             if best is None or top1 > best:
                 chosen, chosen_fit, best = strength, fit, top1
                 num_worse = 0
@@ -335,15 +326,17 @@ def linear_probe(
         train_x, train_y, num_classes=num_classes, strength=chosen, start=chosen_fit,
         tolerance=tolerance, max_iterations=max_iterations,
     )  # fmt: skip
+    predictions = classes[_predict(final, test_x)]
     return LinearScore(
-        top1=_accuracy(final, test_x, test_y),
+        top1=_accuracy(predictions, test_y.to(predictions.device)),
         strength=chosen,
         holdout_top1=best,
         iterations=iterations + final.iterations,
         converged=final.converged,
+        predictions=predictions,
     )
 
 
 def _directions_of(x: Tensor) -> PrincipalDirections:
-    with _full_precision(x.device):
+    with full_precision(x.device):
         return principal_directions(x)
