@@ -1,11 +1,10 @@
-"""`python -m dist_contrastive.probe RUN [--checkpoint STEP]`: score the encoder of a run, without training.
+"""`python -m dist_contrastive.probe RUN [--checkpoint STEP] [--data OTHER.beton]`: score the encoder of a run, without training.
 
-A finished run's encoder is scored as training scored it and `probe.json` is written anew; a checkpoint's scores go to
-`probes/step-XXXXXXXX.json`.
+What training measured (`probe.json`) stays as it is: the scores go to a file of their own in the run's `probes/`.
 
     python -m dist_contrastive.probe runs/photos
     python -m dist_contrastive.probe runs/photos --checkpoint 18
-    python -m dist_contrastive.probe runs/photos --data elsewhere/photos.beton --device cpu
+    python -m dist_contrastive.probe runs/photos --data data/cifar10.beton --device cpu
 """
 
 import json
@@ -31,7 +30,8 @@ class ProbeCommand:
     checkpoint: int | None = None
     """Score this step's checkpoint instead of the finished encoder."""
     data: Path | None = None
-    """The packed dataset, where it is no longer at the path of the run's config."""
+    """The packed dataset: the run's own, where it is no longer at the path of its config, or another one, on which the
+    encoder is scored by a probe that is trained there (transfer)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
 

@@ -88,6 +88,6 @@ def print_scores(probe: Mapping[str, Any]) -> None:
     table = Table(title="test images classified right (top-1)", title_justify="left")
     for heading in ("", "this run", "untrained encoder", "raw pixels"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for label, name in (("linear", "linear_top1"), ("kNN", "knn_top1")):
+    for label, name in (("linear", "linear_top1"), (f"kNN, k = {probe['protocol']['knn_k']}", "knn_top1")):
         table.add_row(label, *(f"{probe[f'{prefix}{name}']:.3f}" for prefix in ("", "init_", "raw_")))
     Console().print(table)

@@ -221,7 +221,8 @@ class Run:
         if not self.scores["baselines"]:
             self.scores["baselines"] = self.probe.baselines(self.untrained_encoder())
         result = self.probe.score(self.trainer.method.encoder)
-        self.scores["history"].append({"epoch": epochs_done, "step": self.trainer.step, **result})
+        earlier = [entry for entry in self.scores["history"] if entry["step"] != self.trainer.step]
+        self.scores["history"] = [*earlier, {"epoch": epochs_done, "step": self.trainer.step, **result}]
         if self.folder and self.metrics:
             self.folder.write_json("probe.json", self.summary())
             self.metrics.write_probe(self.trainer.step, epochs_done - 1, result)
@@ -268,7 +269,11 @@ class Run:
         )
         if not self.folder or not self.metrics or not report:
             return
-        text = {"config": json.dumps(to_dict(config))}
+        text = {
+            "config": json.dumps(to_dict(config)),
+            "step": str(trainer.step),
+            "dataset_sha256": self.dataset.manifest.sha256,
+        }
         save_module(self.folder.path / "encoder.safetensors", trainer.method.encoder, text)
         save_module(self.folder.path / "projector.safetensors", trainer.method.projector, text)
         self.times.lap("report")

@@ -1,37 +1,72 @@
-"""Scoring the encoder of a run again, or of one of its checkpoints, without training."""
+"""Scoring the encoder of a run again, one of its checkpoints, or either on another dataset, without training.
+
+What training measured stays what the run's folder says of it: `probe.json`, which the report shows, is written here only
+where training left none. Every other score has a file of its own in `probes/`, named by what was scored and on what:
+`step-XXXXXXXX.json` on the run's own dataset, `transfer-NAME-SHA256.json` on another one (the finished encoder), and
+`transfer-NAME-SHA256-step-XXXXXXXX.json` (a checkpoint). The run's own dataset is the file with the checksum that the
+weights were trained on, wherever it lies.
+"""
 
 import json
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from dist_contrastive.atomic import write_atomic
+from dist_contrastive.batch import steps_per_epoch
 from dist_contrastive.checkpoint import CheckpointStore, Tensors, load_module
 from dist_contrastive.config import TrainConfig, UserError, require
-from dist_contrastive.data.beton import open_dataset
+from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.loader import announced_compilation, fair_threads
 from dist_contrastive.evaluation.protocol import ProbeRunner
 from dist_contrastive.progress import print_scores
 from dist_contrastive.trainer import build_method
 
+SUM_DIGITS = 12
+"""Of a dataset's SHA-256, how many name a file."""
 
-def encoder_tensors(run: Path, checkpoint: int | None) -> tuple[Tensors, int | None]:
-    """The encoder's state of a finished run, or of one of its checkpoints, and the step (None: the end of the run)."""
-    if checkpoint is not None:
-        model = CheckpointStore(run / "checkpoints", keep=2).load(checkpoint).tensors["model"]
-        prefix = "encoder."
-        return {name.removeprefix(prefix): t for name, t in model.items() if name.startswith(prefix)}, checkpoint
+
+@dataclass(frozen=True)
+class TrainedEncoder:
+    """The encoder of a run as a file has it."""
+
+    tensors: Tensors
+    step: int
+    """After how many updates."""
+    dataset_sha256: str
+    """Of the dataset that it was trained on."""
+
+
+def finished_encoder(run: Path) -> TrainedEncoder:
+    """The encoder of a finished run; `UserError` where there is none."""
     path = run / "encoder.safetensors"
     steps = CheckpointStore(run / "checkpoints", keep=2).steps()
     hint = f"; --checkpoint {steps[-1]} scores its newest checkpoint" if steps else ""
     require((run / "DONE").exists() and path.is_file(), f"{run} holds no finished run{hint}")
     try:
-        return safetensors.torch.load(path.read_bytes()), None
-    except SafetensorError as error:
+        with safe_open(path, framework="pt") as file:
+            noted = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}){hint}") from error
+    require(
+        {"step", "dataset_sha256"} <= noted.keys(),
+        f"{path} does not say on which dataset it was trained: an earlier version wrote it{hint}",
+    )
+    return TrainedEncoder(tensors, int(noted["step"]), noted["dataset_sha256"])
+
+
+def checkpoints_encoder(run: Path, step: int) -> TrainedEncoder:
+    """The encoder in the run's checkpoint of `step`; `UserError` where there is none that verifies."""
+    checkpoint = CheckpointStore(run / "checkpoints", keep=2).load(step)
+    prefix = "encoder."
+    model = checkpoint.tensors["model"]
+    tensors = {name.removeprefix(prefix): t for name, t in model.items() if name.startswith(prefix)}
+    return TrainedEncoder(tensors, step, checkpoint.state["dataset_sha256"])
 
 
 def probe(
@@ -41,16 +76,22 @@ def probe(
 
     `config` is the run's; the options are those of the command.
     """
-    tensors, step = encoder_tensors(run, checkpoint)
+    trained = finished_encoder(run) if checkpoint is None else checkpoints_encoder(run, checkpoint)
     require(device_name != "cuda" or torch.cuda.is_available(), "--device cuda: torch sees no CUDA device here")
-    on_gpu = device_name != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = torch.device("cuda" if device_name != "cpu" and torch.cuda.is_available() else "cpu")
     dataset = open_dataset(data or config.data.path)
+    transfers = dataset.manifest.sha256 != trained.dataset_sha256
+    require(
+        not transfers or data is not None,
+        f"{dataset.path} is no longer the dataset that {run} was trained on (its SHA-256 differs): --data PATH names where "
+        f"that lies now; --data {dataset.path} scores on this one, as a transfer",
+    )
     runner = ProbeRunner(
         dataset,
         data=config.data,
         augment=config.augment,
-        probe=config.probe,
+        # A k that was given was given for the run's own classes.
+        probe=replace(config.probe, knn_k=0) if transfers else config.probe,
         seed=config.seed,
         device=device,
         threads=fair_threads(config.data.threads, local_ranks=1),
@@ -58,17 +99,28 @@ def probe(
     encoder = build_method(config).encoder.to(device)
     with announced_compilation(print):
         baselines = runner.baselines(encoder)  # not trained yet: its weights are a function of the config
-    load_module(encoder, tensors)
-    steps_per_epoch = dataset.manifest.num_train // config.batch.size
-    done: dict[str, float] = {"epoch": config.epochs, "step": config.epochs * steps_per_epoch}
-    if step is not None:
-        done = {"epoch": step / steps_per_epoch, "step": step}
-    path = run / ("probe.json" if step is None else f"probes/step-{step:08d}.json")
+    load_module(encoder, trained.tensors)
+    entry: dict[str, Any] = {"step": trained.step, **runner.score(encoder)}
+    if not transfers:
+        entry = {"epoch": trained.step / steps_per_epoch(dataset.manifest.num_train, config.batch.size), **entry}
+    is_result = checkpoint is None and not transfers and not (run / "probe.json").exists()
+    path = run / ("probe.json" if is_result else f"probes/{_name(trained, dataset, checkpoint, transfers)}.json")
+    if is_result:
+        scores = runner.summary(baselines, [entry])
+    else:
+        scores = {**entry, **baselines, "dataset": str(dataset.path), "protocol": runner.protocol()}
     path.parent.mkdir(exist_ok=True)
-    earlier = json.loads(path.read_bytes())["history"] if step is None and path.is_file() else []
-    history = [*(entry for entry in earlier if entry["step"] != done["step"]), {**done, **runner.score(encoder)}]
-    scores = runner.summary(baselines, history)
     write_atomic(path, json.dumps(scores, indent=1).encode())
     print_scores(scores)
-    print(f"written to {path}")
+    print(f"written to {path}{'; report.html was made before and has no scores' if is_result else ''}")
     return scores
+
+
+def _name(trained: TrainedEncoder, dataset: Dataset, checkpoint: int | None, transfers: bool) -> str:
+    """The name, without ending, of the file in `probes/`."""
+    parts = []
+    if transfers:
+        parts += ["transfer", re.sub(r"[^\w.-]+", "_", dataset.path.stem), dataset.manifest.sha256[:SUM_DIGITS]]
+    if checkpoint is not None or not transfers:
+        parts.append(f"step-{trained.step:08d}")
+    return "-".join(parts)

@@ -48,8 +48,8 @@ class ProbeRunner:
         manifest = dataset.manifest
         require(
             manifest.num_test > 0 and manifest.num_train > 0,
-            f"{dataset.path} can't be probed on: it has no {'test' if manifest.num_train else 'training'} split; pack one "
-            "that has, or train without scores (--probe.no-enabled)",
+            f"{dataset.path} can't be probed on: it has no {'test' if manifest.num_train else 'training'} split; give "
+            "one that has (a run without scores: --probe.no-enabled)",
         )
         self.dataset, self.data, self.augment, self.probe = dataset, data, augment, probe
         self.seed, self.device, self.threads = seed, device, threads
@@ -57,8 +57,8 @@ class ProbeRunner:
         self._labels = [torch.from_numpy(dataset.labels[indices]).to(device) for indices in self._indices]
         require(
             len(self._labels[0].unique()) > 1,
-            f"{dataset.path} can't be probed on: its training samples are all of one class; pack it with labels, or train "
-            "without scores (--probe.no-enabled)",
+            f"{dataset.path} can't be probed on: its training samples have no labels, or all the same; give one "
+            "with classes (a run without scores: --probe.no-enabled)",
         )
         require(
             probe.knn_k <= manifest.num_train,
