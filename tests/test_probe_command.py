@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dist_contrastive.config import ProbeConfig, UserError
-from dist_contrastive.data.beton import manifest_path
+from dist_contrastive.data.format import manifest_path
 from dist_contrastive.probe import main
 from tests.betons import picture, write_beton
 from tests.harness import run_ranks
@@ -161,7 +161,6 @@ def test_accuracies_of_classes_add_up_to_the_whole(run: Path, tmp_path: Path) ->
 
 
 def test_more_neighbours_than_samples_are_refused_before_training(trained: Path, tmp_path: Path) -> None:
-    for given in (101, 10**9):
-        config = tiny_config(tmp_path / "run", trained / "tiny.beton", probe=ProbeConfig(knn_k=given))
-        with pytest.raises(AssertionError, match=rf"--probe.knn-k {given}: .* 100 training samples"):
-            run_ranks(train_on_rank, 1, config)
+    config = tiny_config(tmp_path / "run", trained / "tiny.beton", probe=ProbeConfig(knn_k=101))
+    with pytest.raises(AssertionError, match=r"--probe.knn-k 101: .* 100 training samples"):
+        run_ranks(train_on_rank, 1, config)

@@ -24,7 +24,7 @@ def automatic_k(train_y: Tensor) -> int:
     """The k of a training set with labels `train_y` int64 [N]: 200, or a sixth of the median class where that is less.
 
     200 is what Wu et al. (2018, section 4.1) took for ImageNet's 1,300 images a class, a sixth of them, and has been usual
-    since. Where classes are smaller, 200 neighbours would be mostly of other classes: the same share is asked instead. It
+    since. Where classes are smaller, 200 neighbours would be mostly of other classes: the same share is asked instead. The k
     depends on the labels of the training set alone, so that no score has a say in it.
     """
     sizes = torch.bincount(train_y)
