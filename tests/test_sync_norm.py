@@ -1,20 +1,23 @@
 """SyncBatchNorm: at any number of ranks what BatchNorm is at one rank with all samples."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_contrastive.config import EncoderConfig
 from dist_contrastive.distributed import rank, world_size
 from dist_contrastive.models.encoders import build_encoder
-from dist_contrastive.models.sync_norm import SyncBatchNorm, message_size
+from dist_contrastive.models.sync_norm import SyncBatchNorm, _Normalize, message_size
 from tests.harness import run_ranks
 
 CHANNELS = 3
-SHARES = {1: [7], 2: [3, 4], 4: [2, 1, 1, 3]}
+SHARES = {1: [7], 2: [3, 4], 4: [2, 0, 1, 4]}
 STEPS = 3
 
 
@@ -61,6 +64,7 @@ def train_share(
     ("shape", "channels_last", "options"),
     [
         ((), False, {}),
+        ((6,), False, {}),
         ((4, 5), False, {}),
         ((4, 5), True, {}),
         ((4, 5), False, {"affine": False}),
@@ -72,7 +76,7 @@ def train_share(
 def test_ranks_together_are_batch_norm_of_all_samples(
     num_ranks: int, shape: tuple[int, ...], channels_last: bool, options: dict[str, object]
 ) -> None:
-    kind: Callable[..., nn.Module] = nn.BatchNorm2d if shape else nn.BatchNorm1d
+    kind: Callable[..., nn.Module] = nn.BatchNorm2d if len(shape) == 2 else nn.BatchNorm1d
     expected = train(kind(CHANNELS, **options), shape, slice(0, 7), channels_last)
     shares = run_ranks(train_share, num_ranks, shape, channels_last, options)
     found = {name: np.concatenate([share[name] for share in shares]) for name in ("output", "input")}
@@ -161,6 +165,105 @@ def test_an_encoder_with_it_is_the_same_function(name: str) -> None:
 def test_how_large_its_messages_are() -> None:
     assert message_size(nn.Sequential(SyncBatchNorm(4), nn.BatchNorm2d(9), SyncBatchNorm(7))) == 15
     assert message_size(nn.BatchNorm2d(9)) == 0
+
+
+class Kernels(TorchDispatchMode):
+    """Stands where a GPU's kernels would run: checks what they are given and gives tensors of what they return.
+
+    What is checked is what ATen's native/cuda/Normalization.cuh asks for. `called` has their names, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if "batch_norm" not in name:
+            return func(*args, **(kwargs or {}))
+        self.called.append(name)
+        values = [t for t in args if isinstance(t, Tensor) and t.ndim > 1]
+        vectors = [t for t in args if isinstance(t, Tensor) and t.ndim == 1]
+        x = values[0]
+        assert all(t.device.type == "cuda" for t in values + vectors)
+        assert all((t.shape, t.dtype, t.stride()) == (x.shape, x.dtype, x.stride()) for t in values)
+        assert x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+        statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if name == "batch_norm_backward_elemt":
+            count = vectors.pop()
+            assert count.dtype == torch.int32, "it is read through a pointer to int"
+        assert all((t.shape, t.dtype) == ((CHANNELS,), statistics) and t.is_contiguous() for t in vectors)
+        vector = torch.empty(CHANNELS, dtype=statistics, device="cuda")
+        if name == "batch_norm_update_stats":
+            return vector, vector.clone()
+        if name == "batch_norm_backward_reduce":
+            assert args[4] is None, "without a weight it makes no gradient of one"
+            assert args[5:] == (True, False, False)
+            return vector, vector.clone(), vector[:0], vector[:0]
+        assert name in ("batch_norm_elemt", "batch_norm_backward_elemt"), f"a GPU has no {name} that fits here"
+        return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "channels_last"), [((), False), ((6,), False), ((4, 5), False), ((4, 5), True), ((0, 5), False)]
+)
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_gpus_kernels_get_what_they_ask_for(
+    affine: bool, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype
+) -> None:
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32  # as under autocast
+    with FakeTensorMode(), Kernels() as kernels:
+        norm = SyncBatchNorm(CHANNELS, affine=affine, device="cuda", dtype=parameters)
+        x = torch.empty(7, CHANNELS, *shape, dtype=dtype, device="cuda")
+        x = (x.contiguous(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
+        if 0 in shape:
+            # Not a value on this rank: no kernel runs, but the shapes are those that autograd asks for.
+            expected = [[], []]
+        else:
+            expected = [
+                ["batch_norm_update_stats", "batch_norm_elemt"],
+                ["batch_norm_backward_reduce", "batch_norm_backward_elemt"],
+            ]
+        found, mean, var, count = _Normalize.apply(x, norm.weight, norm.bias, norm.eps)
+        assert kernels.called == expected[0]
+        assert (found.shape, found.dtype, found.stride()) == (x.shape, dtype, x.stride())
+        assert mean.dtype == var.dtype == count.dtype == parameters
+        # The engine asks for CUDA streams, which are not here: its one step is made by hand.
+        d, of_weight, of_bias, _ = found.grad_fn.apply(torch.empty_like(found), None, None, None)
+        assert kernels.called == expected[0] + expected[1]
+        assert (d.shape, d.dtype, d.stride()) == (x.shape, dtype, x.stride())
+        for gradient in (of_weight, of_bias):
+            assert (gradient is None) is not affine
+            assert gradient is None or (gradient.shape, gradient.dtype) == ((CHANNELS,), parameters)
+
+
+def test_a_gpus_kernels_get_gradients_that_lie_otherwise_than_the_input() -> None:
+    """A gradient that was expanded (of a mean over pixels, say) has strides of zero."""
+    with FakeTensorMode(), Kernels() as kernels:
+        x = torch.empty(7, CHANNELS, 4, 5, device="cuda", requires_grad=True)
+        output = _Normalize.apply(x, None, None, 1e-5)[0]
+        d = output.grad_fn.apply(
+            torch.empty(7, CHANNELS, 1, 1, device="cuda").expand(7, CHANNELS, 4, 5), None, None, None
+        )
+        assert d[0].shape == x.shape
+        assert kernels.called[-1] == "batch_norm_backward_elemt"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [(), (6,), (4, 5)])
+def test_a_gpus_kernels_are_the_function_of_the_cpus(shape: tuple[int, ...]) -> None:
+    outcomes = []
+    for device in ("cuda", "cpu"):
+        norm = SyncBatchNorm(CHANNELS, affine=False).to(device)
+        x = images(*shape).to(device).requires_grad_()
+        output = norm(x)
+        (output.square() * torch.arange(output.numel(), device=device).view(output.shape)).sum().backward()
+        assert x.grad is not None
+        outcomes.append([t.cpu() for t in (output.detach(), x.grad, *norm.buffers())])
+    for found, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.gpu
