@@ -71,5 +71,8 @@ def device_and_precision(wanted: LaunchConfig) -> tuple[str, str]:
     if wanted.device == "cpu" or launched_on_cpu or not has_cuda:
         require(precision != "fp16", "fp16 needs a GPU; on a CPU use --launch.precision bf16 or fp32")
         return "cpu", precision
-    require(precision != "bf16" or torch.cuda.is_bf16_supported(), "this GPU has no bf16; use --launch.precision fp16")
+    require(
+        precision != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False),
+        "this GPU computes no bf16 (that takes Ampere or newer: A100, RTX 30); use --launch.precision fp16",
+    )
     return "cuda", precision
