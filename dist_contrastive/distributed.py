@@ -75,6 +75,15 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank. Pickled, as in `broadcast_object`."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def broadcast_buffers(module: nn.Module) -> None:
     """Rank 0's buffers of `module` on every rank, in place."""
     if world_size() > 1:
@@ -89,12 +98,10 @@ def together(call: Callable[[], T]) -> T:
         result = call()
     except UserError as caught:
         error = caught
-    if world_size() > 1:
-        errors: list[str | None] = [None] * world_size()
-        dist.all_gather_object(errors, None if error is None else str(error))
-        first = next((text for text in errors if text is not None), None)
-        if error is None and first is not None:
-            error = UserError(first)
+    errors = gather_objects(None if error is None else str(error))
+    first = next((text for text in errors if text is not None), None)
+    if error is None and first is not None:
+        error = UserError(first)
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
@@ -172,7 +179,7 @@ def attempt(
     number of elements that it will be given, the same on all ranks.
     """
     global _attempt
-    result, failed = None, False
+    result, failed, text = None, False, ""
     this = _attempt = _Attempt(device, message_size)
     try:
         result = call()
@@ -181,12 +188,18 @@ def attempt(
     except Exception as error:
         if not is_expected(error):
             raise
-        failed = True
+        failed, text = True, f"{type(error).__name__}: {error}"
     finally:
         _attempt = None
     # Outside the handler: the error's traceback, and with it what the failed call held, is gone by now.
     if failed:
-        this.fail()
+        try:
+            this.fail()
+        except RanksFailed:
+            raise
+        except Exception as error:  # a communicator that broke together with the call, say: what broke it must be seen
+            error.add_note(f"It came while the other ranks were told of another error:\n{text}")
+            raise
     this.ask()
     return result  # type: ignore[return-value]
 
