@@ -34,6 +34,7 @@ from dist_contrastive.config import UserError
 from dist_contrastive.methods.base import Embeddings, Losses, Method, Report
 from dist_contrastive.models.sync_norm import message_size
 from dist_contrastive.models.teacher import Teacher
+from dist_contrastive.out_of_memory import is_out_of_memory, quote
 
 T = TypeVar("T")
 Augmentation = Callable[[Batch, torch.device], Batch]
@@ -89,10 +90,17 @@ class LargeBatch:
         # Buffers need no broadcast at each step. Unsynchronised BatchNorm statistics differ between ranks, but training never
         # reads them, and probes and checkpoints take rank 0's; other buffers (a queue) are equal on all ranks by themselves.
         self._ddp.broadcast_buffers = False
+        # After its first pass DDP orders its buckets anew, with a broadcast in the next forward pass. That would come in the
+        # second step, within an attempt, where a rank that is out of memory does not answer it: it comes here.
+        for _ in range(2):
+            self._average()
+        method.zero_grad(set_to_none=True)
         self._message_size = message_size(method)
         self._norms = batch_norms(method)
         self._teachers_norms = [norm for m in method.modules() if isinstance(m, Teacher) for norm in batch_norms(m)]
         self._students_norms = [norm for norm in self._norms if norm not in self._teachers_norms]
+        self._quoted = ""
+        """How memory ran out on this rank: the error's text, or nothing."""
 
     def compute_gradient(self, batch: Batch, step: int) -> Outcome:
         """The gradient of the update that follows `step` others, by this rank's share `batch`, as the loader gave it.
@@ -117,15 +125,17 @@ class LargeBatch:
             self._halve(len(batch.labels), step, failed)
 
     def _halve(self, rank_batch: int, step: int, failed: list[int]) -> None:
+        quoted = next(text for text in distributed.gather_objects(self._quoted) if text)
+        self._quoted = ""
         micro = min(self.micro or rank_batch, rank_batch)
         if micro == 1:
             raise UserError(
-                f"step {step + 1}: out of memory on rank(s) {failed} even at one sample at a time; {WHAT_NEEDS_LESS}"
+                f"step {step + 1}: out of memory on rank(s) {failed} even at one sample at a time ({quoted}); {WHAT_NEEDS_LESS}"
             )
         self.micro = micro // 2
         self.say(
-            f"step {step + 1}: out of memory on rank(s) {failed}; repeated with micro-batches of {self.micro} samples "
-            f"instead of {micro}"
+            f"step {step + 1}: out of memory on rank(s) {failed} ({quoted}); repeated with micro-batches of {self.micro} "
+            f"samples instead of {micro}"
         )
 
     def _try_gradient(self, batch: Batch, step: int) -> Outcome:
@@ -140,7 +150,12 @@ class LargeBatch:
         return Outcome({name: loss.detach() for name, loss in losses.items()}, report, embeddings)
 
     def _attempt(self, call: Callable[[], T]) -> T:
-        return distributed.attempt(call, is_out_of_memory, self._device, message_size=self._message_size)
+        def is_expected(error: Exception) -> bool:
+            expected = is_out_of_memory(error)
+            self._quoted = quote(error) if expected else ""
+            return expected
+
+        return distributed.attempt(call, is_expected, self._device, message_size=self._message_size)
 
     def _embed(self, batch: Batch, parts: Sequence[slice], number: int, step: int, *, targets: bool) -> Embeddings:
         """Embeddings of micro-batch `number`, with targets or without; the same ones each time it is called."""
@@ -323,15 +338,6 @@ def backward(embeddings: Embeddings, gradients: dict[str, Tensor | None]) -> Non
     pairs = [(embeddings[name], g) for name, g in gradients.items() if g is not None and embeddings[name].requires_grad]
     tensors, upstream = zip(*pairs, strict=True)
     torch.autograd.backward(tensors, upstream)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the machine had no memory for what was asked, on a GPU or on the CPU."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # The CPU allocator and cuBLAS have no exception class of their own.
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text)
 
 
 def release_memory(device: torch.device) -> None:
