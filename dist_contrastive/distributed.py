@@ -4,6 +4,7 @@ At one rank there is no process group, and none is made: a world of one needs no
 """
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,6 +16,8 @@ from dist_contrastive.batch import Share
 from dist_contrastive.config import UserError
 
 T = TypeVar("T")
+
+SHUT_DOWN_S = 20.0
 
 
 def is_distributed() -> bool:
@@ -54,16 +57,36 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if is_distributed() else 1
 
 
+_arrivals = 0
+
+
+def arrivals() -> int:
+    """How many collectives this rank has come to: the rank with the smallest number is the one that the others wait for."""
+    return _arrivals
+
+
+def arrive() -> None:
+    """Count a collective, of this module or of a library, that this rank is about to enter."""
+    global _arrivals
+    _arrivals += 1
+
+
 def barrier() -> None:
     """Wait for all ranks, at most as long as the process group's timeout."""
     if world_size() > 1:
+        arrive()
         dist.barrier()
 
 
 def shut_down() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one; wait no longer than SHUT_DOWN_S for what NCCL has still to do.
+
+    A rank that was stopped by a mistake of its own leaves collectives behind that no other rank will end.
+    """
     if is_distributed():
-        dist.destroy_process_group()
+        leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        leaving.start()
+        leaving.join(SHUT_DOWN_S)
 
 
 def broadcast_object(value: Any) -> Any:
@@ -71,6 +94,7 @@ def broadcast_object(value: Any) -> Any:
     if world_size() == 1:
         return value
     box = [value]
+    arrive()
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -80,6 +104,7 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
+    arrive()
     dist.all_gather_object(values, value)
     return values
 
@@ -88,6 +113,7 @@ def broadcast_buffers(module: nn.Module) -> None:
     """Rank 0's buffers of `module` on every rank, in place."""
     if world_size() > 1:
         for buffer in module.buffers():
+            arrive()
             dist.broadcast(buffer, src=0)
 
 
@@ -136,6 +162,7 @@ class _Attempt:
         if payload is not None:
             message[world_size() + 1 : world_size() + 1 + len(payload)] = payload
         if world_size() > 1:
+            arrive()
             dist.all_reduce(message)
         return message
 
@@ -227,6 +254,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     total = x.detach().clone(memory_format=torch.contiguous_format)
     if world_size() > 1:
         _before_collective()
+        arrive()
         dist.all_reduce(total)
     return total
 
@@ -246,6 +274,7 @@ def all_gather_rows(x: Tensor) -> Tensor:
     padded[: len(x)] = x.detach()
     parts = [torch.empty_like(padded) for _ in sizes]
     _before_collective()
+    arrive()
     dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
@@ -255,6 +284,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(world_size())]
         _before_collective()
+        arrive()
         dist.all_gather(parts, x.contiguous())
         ctx.num_rows = len(x)
         return torch.cat(parts)

@@ -275,6 +275,7 @@ class LargeBatch:
         DDP averages in a backward pass that it has prepared; this one adds nothing to the gradients that are there.
         """
         if distributed.world_size() > 1:
+            distributed.arrive()
             self._ddp(None)["zero"].backward()
 
     def _statistics(self) -> Iterator[Tensor]:

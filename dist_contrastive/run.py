@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 
-from dist_contrastive import distributed, preflight
+from dist_contrastive import distributed, liveness, preflight
 from dist_contrastive.batch import steps_per_epoch
 from dist_contrastive.checkpoint import save_module
 from dist_contrastive.config import TrainConfig, flatten, to_dict
@@ -31,19 +31,20 @@ def train(config: TrainConfig) -> bool:
     """Run what `config` describes; whether it ran to its end (or else was stopped, to be resumed)."""
     times = TimeSplit()
     accelerator = connect(config)
-    # One rank of each host reads the whole file to verify it; the others trust that rank.
-    dataset = distributed.together(lambda: open_dataset(config.data.path, verify=distributed.local_rank() == 0))
-    preflight.check_dataset(config, dataset.manifest)
-    with open_run_folder(config) as (folder, start):
-        run = Run(config, accelerator, dataset, folder, times)
-        try:
-            run.begin(start)
-            if not fit(run):
-                return False
-            run.conclude()
-        finally:
-            run.close()
-    return True
+    with liveness.watch(60 * config.launch.timeout_minutes):
+        # One rank of each host reads the whole file to verify it; the others trust that rank.
+        dataset = distributed.together(lambda: open_dataset(config.data.path, verify=distributed.local_rank() == 0))
+        preflight.check_dataset(config, dataset.manifest)
+        with open_run_folder(config) as (folder, start):
+            run = Run(config, accelerator, dataset, folder, times)
+            try:
+                run.begin(start)
+                if not fit(run):
+                    return False
+                run.conclude()
+            finally:
+                run.close()
+        return True
 
 
 def fit(run: "Run") -> bool:

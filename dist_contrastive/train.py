@@ -14,8 +14,8 @@ A run that was stopped goes on where it stopped when the same command is given a
 import sys
 from collections.abc import Sequence
 
-from dist_contrastive import cli, distributed, preflight
-from dist_contrastive.config import TrainConfig
+from dist_contrastive import cli, distributed, liveness, preflight
+from dist_contrastive.config import TrainConfig, UserError
 from dist_contrastive.recipes import DEFAULT_RECIPE, build_recipe, list_recipes
 
 PROG = "python -m dist_contrastive.train"
@@ -36,6 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    liveness.end_with_launcher()
     config = parse(argv)
     preflight.check(config)
 
@@ -43,11 +44,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         finished = train(config)
-    finally:
+    except (UserError, KeyboardInterrupt):
         distributed.shut_down()
+        raise
+    distributed.shut_down()
     if not finished:
         sys.exit(EXIT_STOPPED)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main_guard(main))
+    liveness.run_rank(main)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dist_contrastive import distributed, rng, schedules
+from dist_contrastive import distributed, liveness, rng, schedules
 from dist_contrastive.batch import Batch
 from dist_contrastive.checkpoint import Checkpoint, CheckpointStore, load_module, load_optimizer, optimizer_tensors
 from dist_contrastive.config import TrainConfig, UserError, require, to_dict
@@ -98,6 +98,7 @@ class Trainer:
 
         Raises `NonFiniteError` on all ranks, before anything is updated, when loss or gradient of any is not finite.
         """
+        liveness.at_step(self.step + 1)
         rate = self._set_learning_rate()
         outcome = self.large_batch.compute_gradient(batch, self.step)
         grad_norm = self._clip_gradient()

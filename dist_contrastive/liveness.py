@@ -1,0 +1,329 @@
+"""Which ranks are still there: a rank that died or fell silent is named, and no rank outlives its launcher.
+
+A collective whose rank is gone fails with an error about a connection, or after its time-out, and neither says which rank it
+was; over NCCL it may not fail at all. So each rank has a thread that beats: it writes to the ranks' store that it is alive
+and how many collectives this rank has come to, reads the same of the others, and looks at the processes on its own host.
+The lowest rank that is left prints one line, each one its traceback, and all end with status 1.
+"""
+
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import psutil
+import torch.distributed as dist
+
+from dist_contrastive import cli, distributed
+from dist_contrastive.config import UserError
+
+PARENT_CHECK_S = 0.5
+GRACE_S = 3.0
+"""How long the main thread may take to end by itself, with the error of the collective that it waits in."""
+MARGIN = 0.1
+"""Part of the collectives' time-out by which silence is noticed before the backend notices it, which may abort the process."""
+STORE_TIMEOUT_S = 10.0
+HERE, LEFT, FAILED = "here", "left", "failed"
+OF_COMMUNICATION = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out|store", re.IGNORECASE)
+LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")
+REAPERS = ("init", "systemd", "tini", "docker-init", "dumb-init", "slurmstepd")
+"""Who inherits the children of a process that is gone."""
+
+_step = 0
+_watches = 0
+
+
+def at_step(step: int) -> None:
+    """Say which update (from 1) this rank works on, for the line about a rank that does not take part in it."""
+    global _step
+    _step = step
+
+
+def run_rank(main: Callable[[], object]) -> NoReturn:
+    """Run an entry point as `cli.main_guard` does, and end the process.
+
+    After an internal fault this rank is still in the process group (`distributed.shut_down` was not reached, or did not come
+    to its end): other ranks may wait for it, and what libraries do at exit may wait for them. Then the process ends at once, so
+    that the launcher sees it and ends the others.
+    """
+    try:
+        status = cli.main_guard(main)
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if distributed.is_distributed():
+        _exit(status)
+    sys.exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    signal.alarm(5)  # should nobody read what is flushed
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+def end_with_launcher() -> None:
+    """From now on this process and its children end when the launcher that started it does, however that ended.
+
+    A process that no launcher started (from a shell, with nohup, by srun) goes on when its parent ends.
+    """
+    parent = psutil.Process(os.getppid())
+    elastic = "TORCHELASTIC_RUN_ID" in os.environ
+    with suppress(psutil.Error):
+        if elastic and parent.name() in REAPERS and not _is_launcher(parent):
+            _end_without_launcher()  # it was killed while this process was starting
+        if elastic or ("ACCELERATE_MIXED_PRECISION" in os.environ and _is_launcher(parent)):
+            threading.Thread(target=_watch_parent, args=(parent.pid,), daemon=True).start()
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    command = " ".join(process.cmdline())
+    return any(name in command for name in LAUNCHERS)
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    _end_without_launcher()
+
+
+def _end_without_launcher() -> NoReturn:
+    signal.alarm(5)  # the kernel ends the process should anything below wait
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            child.kill()
+    with suppress(OSError, ValueError):
+        print(
+            f"error: the launcher of rank {os.environ.get('RANK', 0)} is gone; what was saved is kept", file=sys.stderr
+        )
+    _exit(1)
+
+
+@dataclass
+class _Peer:
+    """What is known of another rank."""
+
+    host: str
+    process: int
+    created: float
+    """When the process was started: numbers of processes are used again."""
+    state: str = HERE
+    beats: int = 0
+    arrivals: int = 0
+    silent_beats: int = 0
+    """Own beats since the last news of its."""
+
+    def is_gone(self) -> bool:
+        """Whether its process has ended; False where that can't be seen from here."""
+        if self.host != _host():
+            return False
+        try:
+            process = psutil.Process(self.process)
+            return process.create_time() != self.created or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+
+def _host() -> str:
+    """What only processes share that see each other's numbers: the running kernel and the space of process numbers."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return f"{socket.gethostname()} {os.getpid()}"
+
+
+@contextmanager
+def watch(timeout_s: float) -> Iterator[None]:
+    """Within the context a rank that is missing is named. All ranks enter it together; they may leave it one by one.
+
+    `timeout_s` is the time-out of collectives.
+    """
+    if distributed.world_size() == 1:
+        yield
+        return
+    watching = _Watch(timeout_s)
+    watching.start()
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        watching.explain(error)
+        raise
+    finally:
+        watching.stop()
+
+
+class _Watch:
+    def __init__(self, timeout_s: float) -> None:
+        global _watches
+        _watches += 1
+        self.rank = distributed.rank()
+        self.limit_s = timeout_s * (1 - MARGIN)
+        # All ranks read of all others at each beat: the store's host should not be busy with that.
+        self.beat_s = min(timeout_s / 40, max(1.0, distributed.world_size() / 64))
+        self._store = dist.PrefixStore(
+            f"liveness {_watches}", dist.distributed_c10d._get_default_store().clone()
+        )  # of its own: another thread may wait in the ranks' for long
+        self._store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
+        self._state = HERE
+        self._beats = 0
+        self._waited_beats = 0
+        self._arrivals = 0
+        self._store_failures = 0
+        self._named = False
+        self._lock = threading.RLock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._on_terminate: signal.Handlers | object = None
+        self._write()
+        me = psutil.Process()
+        # After this all have written.
+        known = distributed.gather_objects((_host(), me.pid, me.create_time()))
+        self._peers = {rank: _Peer(*facts) for rank, facts in enumerate(known) if rank != self.rank}
+
+    def start(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            # A launcher ends the others as soon as one rank is dead, before the next beat.
+            self._on_terminate = signal.signal(signal.SIGTERM, self._terminate)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._say_farewell()
+        if self._on_terminate is not None and signal.getsignal(signal.SIGTERM) == self._terminate:
+            signal.signal(signal.SIGTERM, self._on_terminate)  # type: ignore[arg-type]
+
+    def explain(self, error: BaseException) -> None:
+        """Name the ranks that are missing, where `error` may come from that; else tell the others that this rank failed."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(
+                signal.SIGTERM, signal.SIG_IGN
+            )  # this process is about to end, and has something to say first
+        waited = isinstance(error, RuntimeError) and bool(OF_COMMUNICATION.search(str(error)))
+        missing = self._missing()
+        until = time.monotonic() + max(2.0, 4 * self.beat_s)
+        while waited and not missing and time.monotonic() < until:
+            time.sleep(0.1)
+            missing = self._missing()
+        if waited and not missing:  # another host's ranks can't be seen, but a living one would have beaten by now
+            missing = self._missing(elsewhere_s=3 * self.beat_s)
+        self._name(missing)
+        if not missing:
+            self._state = FAILED
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self.beat_s):
+            with self._lock:
+                self._beat()
+                missing = self._missing()
+            if missing and not self._stopped.is_set():
+                self._end(missing)
+
+    def _end(self, missing: dict[int, str]) -> None:
+        self._name(missing)
+        # Its own error tells more, where there is one; after that this thread is not heard any more.
+        if self._stopped.wait(GRACE_S):
+            return
+        main = sys._current_frames().get(threading.main_thread().ident or 0)
+        print(f"Traceback of rank {self.rank}, where it waits:", file=sys.stderr)
+        traceback.print_stack(main, file=sys.stderr)
+        self._say_farewell()
+        _exit(1)
+
+    def _say_farewell(self) -> None:
+        with self._lock, suppress(Exception):
+            self._state = FAILED if self._state == FAILED else LEFT
+            self._write()
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        missing = self._missing()
+        self._name(missing)
+        if missing:
+            traceback.print_stack(frame, file=sys.stderr)
+        self.stop()
+        os.kill(os.getpid(), number)
+
+    def _write(self) -> None:
+        self._store.set(str(self.rank), f"{self._state} {self._beats} {distributed.arrivals()}")
+
+    def _beat(self) -> None:
+        """Tell the others, and count how long they have not been heard of: in beats, as this process may be suspended, too."""
+        self._beats += 1
+        arrivals = distributed.arrivals()
+        self._waited_beats = self._waited_beats + 1 if arrivals == self._arrivals else 0
+        self._arrivals = arrivals
+        for peer in self._peers.values():
+            peer.silent_beats += 1
+        with suppress(Exception):
+            self._write()
+
+    def _read(self) -> None:
+        try:
+            values = self._store.multi_get([str(rank) for rank in self._peers])
+        except Exception:
+            self._store_failures += 1
+            return
+        self._store_failures = 0
+        for peer, value in zip(self._peers.values(), values, strict=True):
+            state, beats, arrivals = value.decode().split()
+            if int(beats) != peer.beats or state != peer.state:
+                peer.silent_beats = 0
+            peer.state, peer.beats, peer.arrivals = state, int(beats), int(arrivals)
+
+    def _missing(self, elsewhere_s: float | None = None) -> dict[int, str]:
+        """Ranks that have gone without saying so, or are not heard of any more, and what became of each.
+
+        `elsewhere_s` is how long other hosts' ranks may have been silent, in seconds; None: as long as this host's.
+        """
+        with self._lock:
+            gone = {rank for rank, peer in self._peers.items() if peer.is_gone()}
+            self._read()  # after that: what it said last, which may be that it leaves
+            missing: dict[int, str] = {}
+            for rank, peer in self._peers.items():
+                limit_s = self.limit_s if elsewhere_s is None or peer.host == _host() else elsewhere_s
+                silent_s = peer.silent_beats * self.beat_s
+                waited_s = self._waited_beats * self.beat_s if peer.arrivals < self._arrivals else 0.0
+                if peer.state == LEFT:
+                    continue
+                if peer.state == FAILED:
+                    missing[rank] = "failed"
+                elif rank in gone and self._store_failures != 1:  # a store that is gone, too, gets a second look
+                    missing[rank] = "died"
+                elif self._store_failures == 0 and (silent_s > limit_s or waited_s > self.limit_s):
+                    missing[rank] = f"silent for {max(silent_s, waited_s):.0f} s"
+            return missing
+
+    def _name(self, missing: dict[int, str]) -> None:
+        """One line about all of them, once, by the lowest rank that is left."""
+        with self._lock:
+            if self._named or not missing:
+                return
+            self._named = True
+            if self.rank != min(rank for rank in (self.rank, *self._peers) if rank not in missing):
+                return
+        by_fate: dict[str, list[str]] = {}
+        for rank, fate in missing.items():
+            by_fate.setdefault(fate, []).append(str(rank))
+        what = ", ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} {fate}" for fate, ranks in by_fate.items())
+        where = f"at step {_step}" if _step else "before the first step"
+        print(
+            f"error: {what} (rank {self.rank} waited {where}); what was saved is kept, and the same command goes on from there",
+            file=sys.stderr,
+            flush=True,
+        )
