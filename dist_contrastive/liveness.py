@@ -85,7 +85,7 @@ def end_with_launcher() -> None:
     parent = psutil.Process(os.getppid())
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
     with suppress(psutil.Error):
-        if elastic and parent.name() in REAPERS and not _is_launcher(parent):
+        if elastic and (parent.pid == 1 or parent.name() in REAPERS) and not _is_launcher(parent):
             _end_without_launcher()  # it was killed while this process was starting
         if elastic or ("ACCELERATE_MIXED_PRECISION" in os.environ and _is_launcher(parent)):
             threading.Thread(target=_watch_parent, args=(parent.pid,), daemon=True).start()
@@ -118,10 +118,8 @@ def _end_without_launcher() -> NoReturn:
 class _Peer:
     """What is known of another rank."""
 
-    host: str
-    process: int
-    created: float
-    """When the process was started: numbers of processes are used again."""
+    process: psutil.Process | None
+    """None where it can't be seen from here."""
     state: str = HERE
     beats: int = 0
     arrivals: int = 0
@@ -129,14 +127,20 @@ class _Peer:
     """Own beats since the last news of its."""
 
     def is_gone(self) -> bool:
-        """Whether its process has ended; False where that can't be seen from here."""
-        if self.host != _host():
-            return False
+        """Whether its process is known to have ended."""
         try:
-            process = psutil.Process(self.process)
-            return process.create_time() != self.created or process.status() == psutil.STATUS_ZOMBIE
+            return self.process is not None and (
+                not self.process.is_running() or self.process.status() == psutil.STATUS_ZOMBIE
+            )
         except psutil.NoSuchProcess:
             return True
+
+
+def _visible_process(host: str, number: int) -> psutil.Process | None:
+    try:
+        return psutil.Process(number) if host == _host() else None
+    except psutil.NoSuchProcess:  # gone already: its silence will tell
+        return None
 
 
 def _host() -> str:
@@ -192,10 +196,9 @@ class _Watch:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._on_terminate: signal.Handlers | object = None
         self._write()
-        me = psutil.Process()
         # After this all have written.
-        known = distributed.gather_objects((_host(), me.pid, me.create_time()))
-        self._peers = {rank: _Peer(*facts) for rank, facts in enumerate(known) if rank != self.rank}
+        known = distributed.gather_objects((_host(), os.getpid()))
+        self._peers = {rank: _Peer(_visible_process(*where)) for rank, where in enumerate(known) if rank != self.rank}
 
     def start(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -221,7 +224,7 @@ class _Watch:
         while waited and not missing and time.monotonic() < until:
             time.sleep(0.1)
             missing = self._missing()
-        if waited and not missing:  # another host's ranks can't be seen, but a living one would have beaten by now
+        if waited and not missing:  # another host's ranks can't be seen, but a living one has been heard of by now
             missing = self._missing(elsewhere_s=3 * self.beat_s)
         self._name(missing)
         if not missing:
@@ -289,14 +292,14 @@ class _Watch:
     def _missing(self, elsewhere_s: float | None = None) -> dict[int, str]:
         """Ranks that have gone without saying so, or are not heard of any more, and what became of each.
 
-        `elsewhere_s` is how long other hosts' ranks may have been silent, in seconds; None: as long as this host's.
+        `elsewhere_s` is how long ranks that can't be seen may have been silent, in seconds; None: as long as the others.
         """
         with self._lock:
             gone = {rank for rank, peer in self._peers.items() if peer.is_gone()}
             self._read()  # after that: what it said last, which may be that it leaves
             missing: dict[int, str] = {}
             for rank, peer in self._peers.items():
-                limit_s = self.limit_s if elsewhere_s is None or peer.host == _host() else elsewhere_s
+                limit_s = self.limit_s if elsewhere_s is None or peer.process else elsewhere_s
                 silent_s = peer.silent_beats * self.beat_s
                 waited_s = self._waited_beats * self.beat_s if peer.arrivals < self._arrivals else 0.0
                 if peer.state == LEFT:
@@ -323,7 +326,8 @@ class _Watch:
         what = ", ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} {fate}" for fate, ranks in by_fate.items())
         where = f"at step {_step}" if _step else "before the first step"
         print(
-            f"error: {what} (rank {self.rank} waited {where}); what was saved is kept, and the same command goes on from there",
+            f"error: {what} (rank {self.rank} waited for {'it' if len(missing) == 1 else 'them'} {where}); what was saved is "
+            "kept, and the same command goes on from there",
             file=sys.stderr,
             flush=True,
         )

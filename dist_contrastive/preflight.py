@@ -71,6 +71,12 @@ def device_and_precision(wanted: LaunchConfig) -> tuple[str, str]:
     if wanted.device == "cpu" or launched_on_cpu or not has_cuda:
         require(precision != "fp16", "fp16 needs a GPU; on a CPU use --launch.precision bf16 or fp32")
         return "cpu", precision
+    number, visible = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    require(
+        number < visible,
+        f"rank {os.environ.get('RANK', 0)} is number {number} (from 0) on its host and sees {visible} GPU(s); start no more "
+        "ranks than GPUs, and let each see all of them (Slurm: --gpus-per-node, not --gpus-per-task)",
+    )
     require(
         precision != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False),
         "this GPU computes no bf16 (that takes Ampere or newer: A100, RTX 30); use --launch.precision fp16",

@@ -111,7 +111,7 @@ def test_a_rank_that_is_killed_is_named_before_the_traceback(launch: Callable[..
     launched.wait_until_all_is_over()
     assert launched.process.returncode == 1
     (line,) = launched.lines()
-    assert re.match(r"error: rank 1 died \(rank 0 waited at step \d+\); what was saved is kept", line)
+    assert re.match(r"error: rank 1 died \(rank 0 waited for it at step \d+\); what was saved is kept", line)
     assert "Traceback" in launched.text().partition(line)[2]
 
 
@@ -121,7 +121,7 @@ def test_rank_0_is_named_by_the_next_one(launch: Callable[..., Launched]) -> Non
     launched.ranks[0].send_signal(signal.SIGKILL)
     launched.wait_until_all_is_over()
     (line,) = launched.lines()
-    assert re.match(r"error: rank 0 died \(rank 1 waited at step \d+\)", line)
+    assert re.match(r"error: rank 0 died \(rank 1 waited for it at step \d+\)", line)
 
 
 def test_a_rank_that_is_silent_is_named_when_the_time_is_over(launch: Callable[..., Launched]) -> None:
@@ -134,7 +134,7 @@ def test_a_rank_that_is_silent_is_named_when_the_time_is_over(launch: Callable[.
     launched.wait_until_all_is_over()
     assert launched.process.returncode == 1
     (line,) = launched.lines()
-    assert re.match(r"error: rank 1 silent for 1[12] s \(rank 0 waited at step \d+\)", line)
+    assert re.match(r"error: rank 1 silent for 1[12] s \(rank 0 waited for it at step \d+\)", line)
     assert "Traceback" in launched.text().partition(line)[2]
 
 
@@ -184,7 +184,7 @@ def test_a_rank_that_does_not_come_is_named_though_its_process_is_well(
     launched = launch("--launch.timeout-minutes", "0.2", program=driver("time.sleep(1000)"))
     launched.wait_until(lambda: launched.process.poll() is not None, TIMEOUT_S)
     (line,) = launched.lines()
-    assert re.match(r"error: rank 1 silent for 1[12] s \(rank 0 waited at step 5\)", line)
+    assert re.match(r"error: rank 1 silent for 1[12] s \(rank 0 waited for it at step 5\)", line)
     assert not processes_of(launched.run_dir)
 
 
