@@ -219,7 +219,7 @@ def test_a_gpus_kernels_get_what_they_ask_for(
         x = (x.contiguous(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
         if 0 in shape:
             # Not a value on this rank: no kernel runs, but the shapes are those that autograd asks for.
-            expected = [[], []]
+            expected: list[list[str]] = [[], []]
         else:
             expected = [
                 ["batch_norm_update_stats", "batch_norm_elemt"],
