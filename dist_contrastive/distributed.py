@@ -155,10 +155,11 @@ class _Attempt:
 
     def _exchange(self, *, failed: bool = False, asks: bool = False, payload: Tensor | None = None) -> Tensor:
         message = torch.zeros(world_size() + 1 + self._room, device=self._device, dtype=torch.float64)
+        # `fill_`, as an assignment would copy the number from the host, which waits for that.
         if failed:
-            message[rank()] = 1.0
+            message[rank()].fill_(1.0)
         if asks:
-            message[world_size()] = 1.0
+            message[world_size()].fill_(1.0)
         if payload is not None:
             message[world_size() + 1 : world_size() + 1 + len(payload)] = payload
         if world_size() > 1:
@@ -186,7 +187,7 @@ class _Attempt:
                 self._raise_for(message)
 
     def _raise_for(self, message: Tensor) -> None:
-        ranks = message[: world_size()].nonzero().flatten().tolist()
+        ranks = [rank for rank, failed in enumerate(message[: world_size()].tolist()) if failed]
         if ranks:
             raise RanksFailed(ranks)
 
@@ -259,10 +260,25 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return total
 
 
+def all_gather(x: Tensor) -> Tensor:
+    """The rows of all ranks in rank order, without gradient: [n, ...] on each rank to [W·n, ...].
+
+    Every rank must have the same number of rows: then no GPU waits until the host knows how many there are.
+    """
+    if world_size() == 1:
+        return x.detach()
+    x = x.detach().contiguous()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    _before_collective()
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
 def all_gather_rows(x: Tensor) -> Tensor:
     """The rows of all ranks in rank order, without gradient: [n_r, ...] on each rank to [sum of n_r, ...].
 
-    Row counts may differ between ranks; the other sizes and the dtype may not.
+    Row counts may differ between ranks, for which the host waits; the other sizes and the dtype may not. Within a step all
+    ranks have as many: `all_gather`.
     """
     if world_size() == 1:
         return x.detach()
@@ -272,22 +288,15 @@ def all_gather_rows(x: Tensor) -> Tensor:
     # Collectives want equal shapes: pad to the largest share, then cut.
     padded = x.new_zeros((max(sizes), *x.shape[1:]))
     padded[: len(x)] = x.detach()
-    parts = [torch.empty_like(padded) for _ in sizes]
-    _before_collective()
-    arrive()
-    dist.all_gather(parts, padded)
+    parts = all_gather(padded).split(len(padded)) if len(padded) else [padded] * len(sizes)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        _before_collective()
-        arrive()
-        dist.all_gather(parts, x.contiguous())
         ctx.num_rows = len(x)
-        return torch.cat(parts)
+        return all_gather(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

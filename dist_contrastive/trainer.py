@@ -151,7 +151,7 @@ class Trainer:
         ranks, me = distributed.world_size(), distributed.rank()
         message = torch.zeros(len(names) + 1 + ranks, device=self.device)
         message[: len(names)] = torch.stack([values[name].detach().float() for name in names]) / ranks
-        message[len(names)] = float(self._interrupted)
+        message[len(names)].fill_(float(self._interrupted))
         message[len(names) + 1 + me] = (~torch.isfinite(values["loss"].detach())).float()
         # One transfer to the host for everything the step reports.
         *numbers, norm = torch.cat([distributed.all_reduce_sum(message), grad_norm.float()[None]]).tolist()

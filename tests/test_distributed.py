@@ -80,6 +80,21 @@ def test_all_gather_rows_takes_uneven_shares_in_rank_order(num_ranks: int, dtype
         assert not requires_grad
 
 
+def gather_even(rank: int, transposed: bool) -> tuple[np.ndarray, bool]:
+    mine = rows_of(rank).requires_grad_()
+    everyone = distributed.all_gather(mine.T.contiguous().T if transposed else mine)
+    return everyone.numpy(), everyone.requires_grad
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_all_gather_takes_even_shares_in_rank_order(num_ranks: int, transposed: bool) -> None:
+    everyone = torch.cat([rows_of(rank) for rank in range(num_ranks)])
+    for gathered, requires_grad in run_ranks(gather_even, num_ranks, transposed):
+        np.testing.assert_array_equal(gathered, everyone.numpy())
+        assert not requires_grad
+
+
 def sum_over_ranks(rank: int) -> tuple[np.ndarray, np.ndarray]:
     mine = rows_of(rank).requires_grad_()
     total = distributed.all_reduce_sum(mine.T)

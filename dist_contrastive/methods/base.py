@@ -86,7 +86,7 @@ class Method(nn.Module, ABC):
             # The spectrum costs the cube of the rows: of the samples (of a grid's: times its positions) the first few are enough.
             rows_of_sample = z[:, 0].numel() // z.shape[-1]
             num_samples = max(1, MAX_SPECTRUM_ROWS // (rows_of_sample * distributed.world_size()))
-            report["effective_rank"] = effective_rank(distributed.all_gather_rows(z[:, :num_samples].flatten(0, -2)))
+            report["effective_rank"] = effective_rank(distributed.all_gather(z[:, :num_samples].flatten(0, -2)))
         return report
 
     def after_step(self, progress: float, embeddings: Embeddings) -> None:

@@ -67,7 +67,7 @@ class MoCoV3(Method):
         own = torch.arange(queries.shape[1], device=queries.device) + distributed.row_offset(queries.shape[1])
         # Algorithm 1: the sum of both directions; 2 T keeps the gradient's size independent of the temperature.
         directions = [
-            indexed_nce(query, distributed.all_gather_rows(key), own, temperature=temperature)
+            indexed_nce(query, distributed.all_gather(key), own, temperature=temperature)
             for query, key in ((queries[0], keys[1]), (queries[1], keys[0]))
         ]
         return {"loss": 2 * temperature * torch.stack(directions).sum()}

@@ -54,7 +54,7 @@ class SimCLR(Method):
         offset = distributed.row_offset(len(anchors))
         temperature, decoupled = self.config.temperature, self.config.decoupled
         if self.config.needs_labels:
-            labels = distributed.all_gather_rows(batch.labels.repeat(num_views))
+            labels = distributed.all_gather(batch.labels.repeat(num_views))
             loss = supervised(anchors, everyone, labels, offset=offset, temperature=temperature, decoupled=decoupled)
         else:
             loss = nt_xent(
