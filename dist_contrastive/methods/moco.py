@@ -114,7 +114,8 @@ class MoCo(Method):
 
     def after_step(self, progress: float, embeddings: Embeddings) -> None:
         self.teacher.follow(self.student, self.teacher_momentum(progress))
-        keys = distributed.all_gather_rows(embeddings["k"][0])
-        start = int(self.queue_pointer)
-        self.queue[start : start + len(keys)] = keys
-        self.queue_pointer.fill_((start + len(keys)) % len(self.queue))
+        keys = distributed.all_gather(embeddings["k"][0])
+        # On the device, which the host would have to wait for to know the pointer.
+        places = torch.arange(len(keys), device=keys.device) + self.queue_pointer
+        self.queue.index_copy_(0, places % len(self.queue), keys)
+        self.queue_pointer.add_(len(keys)).remainder_(len(self.queue))
