@@ -14,9 +14,10 @@ def _gram_spectrum(z: Tensor) -> Tensor:
     """Squared singular values of `z` [N, D], float64 [min(N, D)], descending."""
     z = z.double()
     gram = z.T @ z if z.shape[0] >= z.shape[1] else z @ z.T
-    if not bool(torch.isfinite(gram).all()):
-        return gram.new_full((gram.shape[0],), float("nan"))
-    return torch.linalg.eigvalsh(gram).clamp_min(0.0).flip(0)
+    # `eigvalsh` raises where it meets a NaN; a GPU's host would have to wait to know whether there is one.
+    finite = torch.isfinite(gram).all()
+    eigenvalues = torch.linalg.eigvalsh(gram.where(finite, 0.0)).clamp_min(0.0).flip(0)
+    return eigenvalues.where(finite, torch.nan)
 
 
 @torch.no_grad()
@@ -48,10 +49,8 @@ def effective_rank_of_spectrum(eigenvalues: Tensor) -> Tensor:
     """The effective rank from the eigenvalues [D] of a Gram or covariance matrix, none negative; as `effective_rank`."""
     singular_values = eigenvalues.double().sqrt()
     total = singular_values.sum()
-    if total == 0:
-        return total
     p = singular_values / total
-    return torch.exp(-torch.special.xlogy(p, p).sum())
+    return torch.exp(-torch.special.xlogy(p, p).sum()).where(total != 0, 0.0)
 
 
 @torch.no_grad()
