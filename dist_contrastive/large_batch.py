@@ -142,7 +142,8 @@ class LargeBatch:
         """This rank's gradient; `RanksFailed` on all ranks where any is out of memory."""
         parts = split(len(batch.labels), self.micro)
         # What the loss reads goes to the device at once; views go one micro-batch at a time, with their augmentation.
-        whole = replace(batch, labels=batch.labels.to(self._device), indices=batch.indices.to(self._device))
+        labels, indices = (x.to(self._device, non_blocking=True) for x in (batch.labels, batch.indices))
+        whole = replace(batch, labels=labels, indices=indices)
         gradient = self._cached if self.method.couples_samples else self._accumulated
         with self._accelerator.no_sync(self._ddp):
             losses, embeddings = gradient(batch, whole, parts, step)

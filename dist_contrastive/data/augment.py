@@ -240,7 +240,7 @@ class Augment:
         num_views, num_samples, side = batch.views.shape[:3]
         assert num_views == self.config.num_views, "the loader cut another number of views"
         chosen, numbers = self._draw(batch)
-        views = batch.views.to(device, non_blocking=True).flatten(0, 1)
+        views = _flat_on(device, batch.views)
         out = torch.empty((len(views), side, side, 3), device=device).permute(0, 3, 1, 2)
         chunk = max(1, CPU_CHUNK_VALUES // (3 * side * side)) if device.type == "cpu" else len(views)
         for start in range(0, len(views), chunk):
@@ -301,6 +301,18 @@ class Augment:
             _replace(images, plan.blurred, lambda chosen: gaussian_blur(chosen, plan.sigma, blur_size(side)))
         _replace(images, plan.solarized, lambda chosen: solarize(chosen, self.config.solarize_threshold))
         normalize(images, plan.mean, plan.std, out=out)
+
+
+def _flat_on(device: torch.device, views: Tensor) -> Tensor:
+    """`views` uint8 [V, B, S, S, 3] as [V·B, S, S, 3] on `device`."""
+    if device.type == "cpu":
+        return views.flatten(0, 1)
+    moved = torch.empty(views.shape, dtype=views.dtype, device=device)
+    # Of a micro-batch only what belongs to one view is in one piece of the loader's pinned memory, which the device reads by
+    # itself; pieces would first be put together on the host.
+    for target, source in zip(moved, views, strict=True):
+        target.copy_(source, non_blocking=True)
+    return moved.flatten(0, 1)
 
 
 def _replace(images: Tensor, positions: Tensor, operation: Callable[[Tensor], Tensor]) -> None:
