@@ -42,15 +42,16 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 class TensorCount(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made within the context, on any device.
+    """Counts the bytes of all tensors that are made within the context, on devices of one type or, without one, on any.
 
     Attributes:
         live: bytes that are held now.
         peak: the most that was held at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str | None = None) -> None:
         super().__init__()
+        self._device_type = device_type
         self.live = 0
         self.peak = 0
         self._known = WeakIdKeyDictionary()
@@ -61,7 +62,9 @@ class TensorCount(TorchDispatchMode):
                 self._known[tensor.untyped_storage()] = None
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._known:
+            if not isinstance(tensor, Tensor) or tensor.untyped_storage() in self._known:
+                continue
+            if self._device_type in (None, tensor.device.type):
                 self._count(tensor.untyped_storage())
         return output
 
@@ -260,4 +263,4 @@ def rounded(micro: int) -> int:
 
 def _largest(value: float, device: torch.device) -> float:
     """The largest of all ranks' values."""
-    return float(distributed.all_gather_rows(torch.tensor([value], dtype=torch.float32, device=device)).max())
+    return float(distributed.all_gather(torch.tensor([value], dtype=torch.float32, device=device)).max())

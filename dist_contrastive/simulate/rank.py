@@ -1,0 +1,104 @@
+"""A step of rank 0 of many, in this process: the real trainer on a device that has no numbers."""
+
+from dataclasses import replace
+
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from dist_contrastive.batch import Batch
+from dist_contrastive.config import TrainConfig, require
+from dist_contrastive.large_batch import WHAT_NEEDS_LESS
+from dist_contrastive.launch import connect
+from dist_contrastive.memory_plan import TensorCount, example, predict
+from dist_contrastive.methods.base import Embeddings
+from dist_contrastive.simulate.device import fake_cuda, pin
+from dist_contrastive.simulate.findings import Precision, Simulation
+from dist_contrastive.simulate.watch import Watch
+from dist_contrastive.trainer import Trainer
+
+UPDATES = 2
+"""The first one makes the optimizer's state and the loss scaler's."""
+
+
+def simulate_here(
+    config: TrainConfig, *, ranks: int, precision: Precision, micro: int | None, logged: bool
+) -> Simulation:
+    """`simulate` in this process, which must have nothing else to do meanwhile: what it patches is the whole process's."""
+    size = config.batch.micro if micro is None else micro
+    require(
+        size != "auto" or config.batch.memory_gib > 0,
+        "--batch.micro auto depends on a GPU's memory; to simulate, give --batch.memory-gib as well, or --batch.micro N",
+    )
+    config = replace(
+        config,
+        batch=replace(config.batch, micro=size),
+        launch=replace(config.launch, ranks=ranks, device="cuda", precision=precision),
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    watch, memory = Watch("cuda"), TensorCount("cuda")
+    with fake_cuda(ranks, watch.sync), memory, watch:
+        accelerator = connect(config)
+        trainer = Trainer(config, accelerator, steps_per_epoch=100, dataset_sha256="")
+        if size == "auto":
+            trainer.large_batch.micro = _predicted_micro(trainer, config.batch.size // ranks)
+            memory.peak = memory.live
+        embedding_bytes = _note_embeddings(trainer)
+        batch = _batch(config, config.batch.size // ranks, logged)
+        for _ in range(UPDATES):
+            watch.clear()
+            trainer.update(batch)
+        held, peak = memory.live, memory.peak
+        model = [*trainer.method.parameters(), *trainer.method.buffers()]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Simulation(
+        ranks=ranks,
+        rank_batch=len(batch.labels),
+        micro=min(trainer.large_batch.micro or len(batch.labels), len(batch.labels)),
+        precision=precision,
+        parameters=sum(p.numel() for p in trainer.method.parameters() if p.requires_grad),
+        model_bytes=sum(_size(x) for x in model),
+        embedding_bytes=embedding_bytes[-1],
+        held_bytes=held,
+        peak_bytes=peak,
+        operations=watch.operations,
+        collectives=watch.collectives,
+        host_syncs=watch.host_syncs,
+        wrong_devices=watch.wrong_devices,
+    )
+
+
+def _predicted_micro(trainer: Trainer, rank_batch: int) -> int:
+    """The micro-batch that the memory plan would try first."""
+    config = trainer.config
+    memory = predict(trainer.large_batch, config, rank_batch, trainer.device, new_optimizer=True)
+    micro = memory.largest(config.batch.memory_gib * 2**30, rank_batch)
+    require(
+        micro > 0,
+        f"--batch.memory-gib {config.batch.memory_gib:g} holds no step of {rank_batch} samples a rank; {WHAT_NEEDS_LESS}",
+    )
+    return micro
+
+
+def _batch(config: TrainConfig, num_samples: int, logged: bool) -> Batch:
+    """A batch as the loader gives it to a GPU: in pinned memory."""
+    batch = example(config, num_samples)
+    return replace(
+        batch, views=pin(batch.views), labels=pin(batch.labels), indices=pin(batch.indices), wants_report=logged
+    )
+
+
+def _note_embeddings(trainer: Trainer) -> list[int]:
+    """A list that gets the size in bytes of each update's embeddings."""
+    sizes: list[int] = []
+    after_step = trainer.method.after_step
+
+    def note(progress: float, embeddings: Embeddings) -> None:
+        sizes.append(sum(_size(x) for x in embeddings.values()))
+        after_step(progress, embeddings)
+
+    trainer.method.after_step = note  # type: ignore[method-assign]
+    return sizes
+
+
+def _size(x: Tensor) -> int:
+    return x.numel() * x.element_size()
