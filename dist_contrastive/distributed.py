@@ -270,6 +270,7 @@ def all_gather(x: Tensor) -> Tensor:
     x = x.detach().contiguous()
     parts = [torch.empty_like(x) for _ in range(world_size())]
     _before_collective()
+    arrive()
     dist.all_gather(parts, x)
     return torch.cat(parts)
 

@@ -58,7 +58,7 @@ def gradient_and_peak(name: str, encoder: EncoderConfig, micro: int) -> tuple[di
     method = build(name, encoder)
     step = large_batch(method, micro)
     with TensorCount() as tensors:
-        step.step(share_of_batch(method), 0)
+        step.compute_gradient(share_of_batch(method), 0)
     return gradient_of(method), tensors.peak
 
 
@@ -491,7 +491,7 @@ def test_a_process_of_its_own_finds_the_same(of_recipes: dict[str, Any]) -> None
 
 
 def test_mistakes_get_one_line() -> None:
-    with pytest.raises(UserError, match=r"^--batch.global 256 can't be shared by 3 ranks; give a multiple of 3$"):
+    with pytest.raises(UserError, match=r"^--batch.global 256 can't be shared .*by 3 ranks; give a multiple of 3$"):
         simulate(config_of("photos"), ranks=3, precision="fp32")
     with pytest.raises(UserError, match=r"^--batch.micro auto depends on a GPU's memory; .* --batch.memory-gib"):
         simulate(RECIPES["cifar10_moco_t4"](), ranks=1, precision="fp16")
