@@ -1,6 +1,7 @@
 """What the loader hands to the method, and whose it is."""
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -75,3 +76,14 @@ def balanced_slices(num_samples: int, count: int) -> list[slice]:
     """`count` slices over `num_samples`, in order, whose sizes differ by at most one."""
     bounds = [num_samples * number // count for number in range(count + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def smallest_part(num_samples: int, micro: int) -> int:
+    """Samples of the smallest of as few balanced parts as hold at most `micro` each; with `micro` 0 there is one part."""
+    return num_samples // math.ceil(num_samples / micro) if micro else num_samples
+
+
+def largest_micro(num_samples: int, at_most: int, fewest: int) -> int:
+    """The largest micro-batch up to `at_most` whose parts of `num_samples` have no fewer than `fewest`; 0 if there is none."""
+    fitting = (m for m in range(min(at_most, num_samples), 0, -1) if smallest_part(num_samples, m) >= fewest)
+    return next(fitting, 0)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar, overload
 
 import tyro
 
-from dist_contrastive.config import UserError
+from dist_contrastive.config import UserError, with_user_paths
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ def parse(
     `cls_or_default` is a dataclass, or an instance whose values are the defaults; with an instance, a field that holds
     a subclass of its annotation (`TrainConfig(method=SimCLRConfig())`) gets the subclass's options. `argv` are the
     arguments without the program's name (None: the process's own); `prog` is what usage lines call the program, and
-    `about` is what its help page says first: an entry point's docstring.
+    `about` is what its help page says first: an entry point's docstring. In every path a leading `~` becomes the home folder.
 
     Raises `UserError` with one line where tyro prints a box: an unknown option (with the nearest name), a value of the
     wrong type, a missing value, and whatever the dataclass's own validation refuses. `--help` prints and exits with 0.
@@ -104,7 +104,7 @@ def parse(
         if not hint:
             hint = f" (there are {', '.join(section)})" if 0 < len(section) <= MAX_LISTED else nearest(flag, known)
         raise UserError(f"unknown option {flag}{hint}; {_help_hint(prog)}")
-    return config
+    return with_user_paths(config)
 
 
 def main_guard(function: Callable[[], object]) -> int:

@@ -11,9 +11,13 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
+
+T = TypeVar("T")
+
+LONGEST_TIMEOUT_MINUTES = 60 * 24 * 365  # far from where a library's clocks overflow
 
 
 class UserError(ValueError):
@@ -29,6 +33,17 @@ def require(condition: bool, message: str) -> None:
 def require_positive(option: str, value: float) -> None:
     """`UserError` unless the value of `option` is a finite number above 0."""
     require(0 < value < math.inf, f"{option} {value}: give a positive number")
+
+
+def require_finite(section: str, config: Any) -> None:
+    """`UserError` where a number of `config`, whose options start with `--section.` (or `--`), is infinite or not a number."""
+    prefix = f"{section}." if section else ""
+    for name, value in vars(config).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            require(
+                not isinstance(number, float) or math.isfinite(number),
+                f"--{prefix}{name.replace('_', '-')} {number}: give a finite number",
+            )
 
 
 def require_momentum(option: str, value: float) -> None:
@@ -54,6 +69,7 @@ class DataConfig:
     """The longest wait for one batch, in seconds; after it the run stops with an error instead of hanging."""
 
     def __post_init__(self) -> None:
+        require_finite("data", self)
         require(self.image_size >= 1, f"--data.image-size {self.image_size}: give at least 1 pixel")
         require(0 < self.eval_crop <= 1, f"--data.eval-crop {self.eval_crop}: give a fraction in (0, 1]")
         require(self.threads >= 0, f"--data.threads {self.threads}: give 0 (automatic) or more")
@@ -99,6 +115,7 @@ class AugmentConfig:
     """Divides each channel, in units of the full range."""
 
     def __post_init__(self) -> None:
+        require_finite("augment", self)
         require(self.num_views >= 1, f"--augment.num-views {self.num_views}: give at least 1")
         for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
             values = getattr(self, name)
@@ -116,6 +133,8 @@ class AugmentConfig:
         low, high = self.blur_sigma
         require(0 < low <= high, f"--augment.blur-sigma {low} {high}: give 0 < low <= high")
         require(min(self.std) > 0, f"--augment.std {self.std}: give positive numbers")
+        threshold = self.solarize_threshold
+        require(0 <= threshold <= 1, f"--augment.solarize-threshold {threshold}: give a brightness in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -132,6 +151,7 @@ class EncoderConfig:
     """Probability of dropping a feature between encoder and projector."""
 
     def __post_init__(self) -> None:
+        require_finite("encoder", self)
         require(0 <= self.dropout < 1, f"--encoder.dropout {self.dropout}: give a probability in [0, 1)")
 
 
@@ -157,6 +177,7 @@ class MethodConfig:
     projector: HeadConfig = field(default_factory=HeadConfig)
 
     def __post_init__(self) -> None:
+        require_finite("method", self)
         for name, head in vars(self).items():
             if isinstance(head, HeadConfig):
                 option = f"--method.{name}"
@@ -165,6 +186,10 @@ class MethodConfig:
 
     def check_global_batch(self, size: int) -> None:
         """`UserError` where the method can't learn from global batches of `size` samples."""
+
+    def remarks(self, num_train: int, num_seen: int) -> list[str]:
+        """What may not be meant in a run over `num_train` training samples that sees `num_seen`, a sample once an epoch."""
+        return []
 
     @property
     def needs_labels(self) -> bool:
@@ -185,12 +210,18 @@ class BatchConfig:
     """What a step of one rank may take under --batch.micro auto; 0: nine tenths of what is free."""
 
     def __post_init__(self) -> None:
+        require_finite("batch", self)
         require(self.size >= 2, f"--batch.global {self.size}: a contrastive step needs at least 2 samples")
         require(
             self.micro == "auto" or self.micro >= 0,
             f"--batch.micro {self.micro}: give 0 (the whole share of a rank), auto, or a number of samples",
         )
         require(self.memory_gib >= 0, f"--batch.memory-gib {self.memory_gib}: give 0 (what is free) or more")
+        require(
+            self.memory_gib == 0 or self.micro == "auto",
+            f"--batch.memory-gib {self.memory_gib:g} is for --batch.micro auto, not for --batch.micro {self.micro}: give "
+            "--batch.micro auto with it",
+        )
 
 
 @dataclass(frozen=True)
@@ -211,6 +242,7 @@ class OptimConfig:
     """Largest norm of the whole gradient; 0 does not clip."""
 
     def __post_init__(self) -> None:
+        require_finite("optim", self)
         require_positive("--optim.learning-rate", self.learning_rate)
         require(self.weight_decay >= 0, f"--optim.weight-decay {self.weight_decay}: give 0 or more")
         require(0 <= self.momentum < 1, f"--optim.momentum {self.momentum}: give a number in [0, 1)")
@@ -236,6 +268,7 @@ class ProbeConfig:
     """Part of the training set on which the strength is chosen."""
 
     def __post_init__(self) -> None:
+        require_finite("probe", self)
         require(self.every >= 0, f"--probe.every {self.every}: give 0 (only at the end) or more")
         require(self.knn_k >= 0, f"--probe.knn-k {self.knn_k}: give 0 (automatic) or more")
         require_positive("--probe.knn-temperature", self.knn_temperature)
@@ -274,8 +307,13 @@ class LaunchConfig:
     """The longest wait of a collective operation."""
 
     def __post_init__(self) -> None:
+        require_finite("launch", self)
         require(self.ranks >= 0, f"--launch.ranks {self.ranks}: give 0 (as launched) or more")
         require_positive("--launch.timeout-minutes", self.timeout_minutes)
+        require(
+            self.timeout_minutes <= LONGEST_TIMEOUT_MINUTES,
+            f"--launch.timeout-minutes {self.timeout_minutes:g}: give at most {LONGEST_TIMEOUT_MINUTES} (a year)",
+        )
 
 
 @dataclass(frozen=True)
@@ -311,6 +349,21 @@ class TrainConfig:
         require(self.log_every >= 1, f"--log-every {self.log_every}: give at least 1")
         require(self.stop_after_steps >= 0, f"--stop-after-steps {self.stop_after_steps}: give 0 (off) or more")
         require(0 <= self.seed < 2**63, f"--seed {self.seed}: give a number in [0, 2**63)")
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        """`UserError` where fields that are valid each are not together; what needs data or ranks, `preflight` checks."""
+        warmup, epochs = self.optim.warmup_epochs, self.epochs
+        require(
+            warmup <= epochs,
+            f"--optim.warmup-epochs {warmup:g} is longer than the run (--epochs {epochs}), which would never reach its "
+            f"learning rate: give fewer than {epochs} warm-up epochs, or more epochs than {warmup:g}",
+        )
+        require(
+            self.data.image_size > 1 or max(self.augment.blur) == 0,
+            f"--augment.blur {' '.join(map(str, self.augment.blur))} with --data.image-size 1: one pixel can't be blurred; give "
+            "--augment.blur 0",
+        )
 
 
 # Fields that say where and how a run is carried out, not what it computes: a resume may change them. The dataset's path
@@ -321,6 +374,25 @@ EXECUTION_FIELDS = (
     "data.threads", "data.batches_ahead", "data.timeout_s", "checkpoint.every", "checkpoint.keep", "launch.ranks",
     "launch.device", "launch.timeout_minutes",
 )  # fmt: skip
+
+
+def user_path(path: str | Path) -> Path:
+    """The path with a leading `~` or `~user` made the home folder; `UserError` where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: there is no such home folder; give the whole path") from error
+
+
+def with_user_paths(config: T) -> T:
+    """The dataclass `config` with each path in it as `user_path` gives it."""
+    changed: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if dataclasses.is_dataclass(value):
+            changed[name] = with_user_paths(value)
+        elif isinstance(value, Path):
+            changed[name] = user_path(value)
+    return dataclasses.replace(config, **changed)  # type: ignore[type-var]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -349,7 +421,7 @@ def from_dict(cls: type, data: Mapping[str, Any], method_config: type[MethodConf
         if dataclasses.is_dataclass(hint):
             return from_dict(hint, value, method_config)  # type: ignore[arg-type]
         if hint is Path:
-            return Path(value)
+            return user_path(value)
         if get_origin(hint) in (Union, types.UnionType):
             return None if value is None else build(next(a for a in get_args(hint) if a is not type(None)), value)
         return tuple(value) if get_origin(hint) is tuple else value

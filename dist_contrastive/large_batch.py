@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_contrastive import distributed, rng
-from dist_contrastive.batch import Batch, balanced_slices
+from dist_contrastive.batch import Batch, balanced_slices, smallest_part
 from dist_contrastive.config import UserError
 from dist_contrastive.methods.base import Embeddings, Losses, Method, Report
 from dist_contrastive.models.sync_norm import message_size
@@ -72,14 +72,23 @@ class LargeBatch:
     """Computes a step's gradient, averaged over ranks, into the parameters of a method.
 
     Attributes:
+        fewest: samples that each forward pass has at least, whatever the memory.
         micro: samples of one forward pass of this rank at most; halved when any rank runs out of memory.
         say: what is called with a line of text when that happens.
     """
 
     def __init__(
-        self, method: Method, accelerator: Accelerator, augmentation: Augmentation, *, seed: int, micro: int
+        self,
+        method: Method,
+        accelerator: Accelerator,
+        augmentation: Augmentation,
+        *,
+        seed: int,
+        micro: int,
+        fewest: int = 1,
     ) -> None:
         self.method = method
+        self.fewest = fewest
         self.micro = micro
         self.say: Callable[[str], None] = lambda text: None
         self._accelerator = accelerator
@@ -128,11 +137,13 @@ class LargeBatch:
         quoted = next(text for text in distributed.gather_objects(self._quoted) if text)
         self._quoted = ""
         micro = min(self.micro or rank_batch, rank_batch)
-        if micro == 1:
+        smaller = [m for m in range(1, micro) if smallest_part(rank_batch, m) >= self.fewest]
+        if not smaller:
+            at_a_time = "one sample" if micro == 1 else f"{micro} samples"
             raise UserError(
-                f"step {step + 1}: out of memory on rank(s) {failed} even at one sample at a time ({quoted}); {WHAT_NEEDS_LESS}"
+                f"step {step + 1}: out of memory on rank(s) {failed} even at {at_a_time} at a time ({quoted}); {WHAT_NEEDS_LESS}"
             )
-        self.micro = micro // 2
+        self.micro = max((m for m in smaller if m <= micro // 2), default=smaller[0])
         self.say(
             f"step {step + 1}: out of memory on rank(s) {failed} ({quoted}); repeated with micro-batches of {self.micro} "
             f"samples instead of {micro}"

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dist_contrastive import distributed
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, largest_micro
 from dist_contrastive.config import TrainConfig, UserError, require
 from dist_contrastive.large_batch import WHAT_NEEDS_LESS, LargeBatch, release_memory
 from dist_contrastive.optim import STATES_PER_PARAMETER
@@ -144,11 +144,12 @@ def make_plan(large_batch: LargeBatch, config: TrainConfig, device: torch.device
         memory = predict(large_batch, config, rank_batch, device, new_optimizer=new_optimizer)
         hidden = 1.0  # how much more than its tensors a step takes: what libraries allocate inside an operation
         for trial in range(MAX_TRIALS):
-            micro = int(-_largest(-memory.largest(limit / hidden, rank_batch), device))
-            if micro < 1:
+            held = int(-_largest(-memory.largest(limit / hidden, rank_batch), device))
+            micro = largest_micro(rank_batch, held, large_batch.fewest)
+            if not micro:
                 break
             # The first trial is a small one, for what the count did not see.
-            micro = max(1, micro // FIRST_TRIAL) if trial == 0 else micro
+            micro = max(large_batch.fewest, micro // FIRST_TRIAL) if trial == 0 else micro
             predicted = _largest(hidden * memory.peak(micro, rank_batch), device)
             try:
                 peak = measure_peak(partial(large_batch.rehearse, example(config, micro), rank_batch), device)

@@ -60,7 +60,7 @@ class PackConfig:
         if self.out is None:
             require(kind != "folder", f"where to? give the file to write: {PROG} {self.source} OUT.beton")
             return Path(f"data/{kind}.beton")
-        return self.out.expanduser()
+        return self.out
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,12 +4,14 @@ Nothing is written, and each rank checks for itself, so all refuse alike. What m
 connected (the run's folder, which is locked then; the ranks that are there) is checked again by the same functions.
 """
 
+import math
 import os
 
+import numpy as np
 import torch
 
-from dist_contrastive.batch import Share, steps_per_epoch
-from dist_contrastive.config import LaunchConfig, TrainConfig, require
+from dist_contrastive.batch import Share, smallest_part, steps_per_epoch
+from dist_contrastive.config import LaunchConfig, TrainConfig, UserError, require
 from dist_contrastive.data.format import Manifest, find_manifest
 from dist_contrastive.methods import method_of
 from dist_contrastive.run_folder import start_of
@@ -30,7 +32,18 @@ def check(config: TrainConfig) -> None:
 
 def check_dataset(config: TrainConfig, manifest: Manifest) -> None:
     """`UserError` where the run can't learn from the dataset with this manifest."""
-    steps_per_epoch(manifest.num_train, config.batch.size)
+    steps = steps_per_epoch(manifest.num_train, config.batch.size)
+    total, warmup = steps * config.epochs, config.optim.warmup_epochs
+    require(
+        warmup == 0 or round(warmup * steps) > 0,
+        f"--optim.warmup-epochs {warmup:g} is less than a step: an epoch has {steps} of --batch.global {config.batch.size}; "
+        f"give 0, or at least {1 / steps:g}",
+    )
+    require(
+        config.stop_after_steps <= total,
+        f"--stop-after-steps {config.stop_after_steps}: the run has {total} steps ({config.epochs} epochs of {steps}); give at "
+        "most that, or 0",
+    )
     require(
         not config.method.needs_labels or len(manifest.classes) > 1,
         f"{config.method.name} is to learn from labels, and {config.data.path} has none: all its samples are of one class",
@@ -82,3 +95,77 @@ def device_and_precision(wanted: LaunchConfig) -> tuple[str, str]:
         "this GPU computes no bf16 (that takes Ampere or newer: A100, RTX 30); use --launch.precision fp16",
     )
     return "cuda", precision
+
+
+def check_crops(config: TrainConfig, heights: np.ndarray, widths: np.ndarray) -> None:
+    """`UserError` where images of these sizes [N], in pixels, have no crops as configured: the loader would take others."""
+    heights, widths = heights.astype(np.float64), widths.astype(np.float64)
+    (low, high), (narrow, wide) = config.augment.crop_scale, config.augment.crop_ratio
+    smallest = (heights * widths).min()
+    require(
+        low * smallest >= 1,
+        f"--augment.crop-scale {low:g} {high:g}: of an image of {smallest:.0f} pixels that is less than one pixel; give at least "
+        f"{1 / smallest:.2g} {max(high, 1 / smallest):.2g}",
+    )
+    # A crop of aspect r fits into an image of aspect a up to an area of min(a / r, r / a).
+    aspects = widths / heights
+    nearest = np.clip(aspects, narrow, wide)
+    largest = np.minimum(aspects / nearest, nearest / aspects).max()
+    require(
+        low <= largest,
+        f"--augment.crop-scale {low:g} {high:g} with --augment.crop-ratio {narrow:g} {wide:g}: no image has such; "
+        f"give a smaller scale, at most {math.floor(100 * largest) / 100:g}, or ratios nearer to the images' own",
+    )
+    shortest = np.minimum(heights, widths).min()
+    require(
+        config.data.eval_crop * shortest >= 1,
+        f"--data.eval-crop {config.data.eval_crop:g}: of an image of {shortest:.0f} pixels that is less than one; give at least "
+        f"{1 / shortest:.2g}",
+    )
+
+
+def check_passes(config: TrainConfig, ranks: int, fewest: int) -> int:
+    """`UserError` where a forward pass of a rank would have fewer samples than the method can take; how few those are.
+
+    `fewest` is what `trial.fewest_samples` gave.
+    """
+    size, micro = config.batch.size, config.batch.micro
+    rank_batch = Share(size, num_ranks=ranks).rank_batch
+    sync = config.encoder.norm == "sync"
+    fewest = math.ceil(fewest / ranks) if sync else fewest
+    other_norm = "--encoder.norm group" if sync or ranks == 1 else "--encoder.norm sync or group"
+    needs = f"{config.method.name} with --encoder.norm {config.encoder.norm} needs {fewest} for its batch statistics"
+    require(
+        rank_batch >= fewest,
+        f"--batch.global {size} gives each of {ranks} rank(s) {rank_batch} sample(s) of a step, and {needs}; give at least "
+        f"{fewest * ranks}, or {other_norm}",
+    )
+    least = rank_batch if micro == "auto" else smallest_part(rank_batch, micro)
+    if least < fewest:
+        valid = [m for m in range(1, rank_batch) if smallest_part(rank_batch, m) >= fewest]
+        fits = min(valid, key=lambda m: abs(m - int(micro)), default=0)
+        raise UserError(
+            f"--batch.micro {micro} cuts a rank's {rank_batch} samples into forward passes of {least} at the least, and {needs}; "
+            f"give {f'{fits}, or ' if fits else ''}0 (all at once), or {other_norm}"
+        )
+    return fewest
+
+
+def remarks(config: TrainConfig, num_train: int) -> list[str]:
+    """What works with so many training samples and still may not be what was meant, one line each."""
+    steps = steps_per_epoch(num_train, config.batch.size)
+    total, epochs = steps * config.epochs, config.epochs
+    lines = []
+    if config.optim.warmup_epochs and round(config.optim.warmup_epochs * steps) >= total:
+        lines.append(
+            f"--optim.warmup-epochs {config.optim.warmup_epochs:g} is all of --epochs {epochs}: the rate rises to the end"
+        )
+    if config.probe.enabled and config.probe.every > epochs:
+        lines.append(
+            f"--probe.every {config.probe.every} is more than --epochs {epochs}: there is one probe, at the end"
+        )
+    if config.checkpoint.every > epochs:
+        lines.append(
+            f"--checkpoint.every {config.checkpoint.every} is more than --epochs {epochs}: there is one checkpoint, at the end"
+        )
+    return lines + config.method.remarks(num_train, total * config.batch.size)

@@ -25,18 +25,23 @@ from dist_contrastive.report import write_report
 from dist_contrastive.report.collect import collect_report
 from dist_contrastive.run_folder import RunFolder
 from dist_contrastive.trainer import Trainer, build_method
+from dist_contrastive.trial import fewest_samples
 
 
 def train(config: TrainConfig) -> bool:
     """Run what `config` describes; whether it ran to its end (or else was stopped, to be resumed)."""
     times = TimeSplit()
+    fewest = fewest_samples(config)
     accelerator = connect(config)
     with liveness.watch(60 * config.launch.timeout_minutes):
         # One rank of each host reads the whole file to verify it; the others trust that rank.
         dataset = distributed.together(lambda: open_dataset(config.data.path, verify=distributed.local_rank() == 0))
         preflight.check_dataset(config, dataset.manifest)
+        train_split = dataset.indices(TRAIN)
+        preflight.check_crops(config, dataset.heights[train_split], dataset.widths[train_split])
+        fewest = preflight.check_passes(config, distributed.world_size(), fewest)
         with open_run_folder(config) as (folder, start):
-            run = Run(config, accelerator, dataset, folder, times)
+            run = Run(config, accelerator, dataset, folder, times, fewest)
             try:
                 run.begin(start)
                 if not fit(run):
@@ -90,7 +95,9 @@ class Run:
         dataset: Dataset,
         folder: RunFolder | None,
         times: TimeSplit,
+        fewest: int,
     ) -> None:
+        """`fewest`: samples that a forward pass of this rank needs at least."""
         self.config = config
         self.dataset = dataset
         self.folder = folder
@@ -100,6 +107,7 @@ class Run:
             accelerator,
             steps_per_epoch=steps_per_epoch(len(dataset.indices(TRAIN)), config.batch.size),
             dataset_sha256=dataset.manifest.sha256,
+            fewest=fewest,
         )
         self.probe: ProbeRunner | None = None
         if config.probe.enabled:
@@ -161,6 +169,8 @@ class Run:
             f"{config.batch.size}, learning rate {config.optim.learning_rate:g} per 256 samples = "
             f"{trainer.peak_learning_rate:g}; {config.epochs} epochs of {trainer.steps_per_epoch} steps"
         )
+        for remark in preflight.remarks(config, self.dataset.manifest.num_train):
+            say(remark)
         if start == "resume":
             say(f"goes on after step {trainer.step} of {trainer.total_steps}")
 

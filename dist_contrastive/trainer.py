@@ -50,8 +50,15 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, *, steps_per_epoch: int, dataset_sha256: str
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        *,
+        steps_per_epoch: int,
+        dataset_sha256: str,
+        fewest: int = 1,
     ) -> None:
+        """`fewest`: samples that a forward pass of this rank needs at least (`preflight.check_run`)."""
         self.config = config
         self.accelerator = accelerator
         self.device = accelerator.device
@@ -71,6 +78,7 @@ class Trainer:
             Augment(config.augment, config.seed),
             seed=config.seed,
             micro=0 if config.batch.micro == "auto" else config.batch.micro,
+            fewest=fewest,
         )
         self._optimizer = accelerator.prepare(self._torch_optimizer)
         self.store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dist_contrastive.config import UserError, require
+from dist_contrastive.config import UserError, require, user_path
 
 SOURCES = "photos, cifar10[:DIR] or folder:DIR"
 CIFAR10_FOLDER = Path("data/cifar10-source")
@@ -14,7 +14,7 @@ def read_spec(spec: str) -> tuple[str, Path]:
     Raises `UserError` where it is no source, or its folder is not there; CIFAR-10's may be made by its download.
     """
     kind, colon, name = spec.partition(":")
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     require(not colon or bool(name), f"source {spec!r} has no folder after the colon; give {SOURCES}")
     if kind == "cifar10":
         return kind, folder if name else CIFAR10_FOLDER

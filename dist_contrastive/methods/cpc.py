@@ -50,6 +50,11 @@ class CPCConfig(MethodConfig):
             require(getattr(self, name) >= 1, f"--method.{option} {getattr(self, name)}: give at least 1")
         require_positive("--method.temperature", self.temperature)
 
+    def grid(self, image_size: int) -> tuple[int, int]:
+        """Side of a patch, and from one to the next, in pixels of images of `image_size`."""
+        patch_size = self.patch_size or max(1, image_size // 4)
+        return patch_size, self.patch_stride or max(1, patch_size // 2)
+
 
 class CPC(Method):
     """From the rows of patches above, tell which patch comes `k` rows below, among those of the global batch.
@@ -65,17 +70,33 @@ class CPC(Method):
 
     def __init__(self, config: CPCConfig, encoder: Encoder, *, seed: int) -> None:
         super().__init__(config, encoder, seed=seed)
-        self.patch_size = config.patch_size or max(1, encoder.image_size // 4)
-        self.patch_stride = config.patch_stride or max(1, self.patch_size // 2)
+        self.patch_size, self.patch_stride = config.grid(encoder.image_size)
         self.side = grid_side(encoder.image_size, self.patch_size, self.patch_stride)
         if self.side <= config.rows_ahead:
             raise UserError(
                 f"--method.rows-ahead {config.rows_ahead}: patches of {self.patch_size} pixels, {self.patch_stride} apart, make "
                 f"{max(0, self.side)} rows of an image of {encoder.image_size} pixels; give more rows than are predicted"
             )
+        self._check_that_all_is_seen()
         size = config.projector.output_size
         self.context = RowContext(size, config.context_size, config.context_layers)
         self.predictions = RowPredictions(config.context_size, size, config.rows_ahead)
+
+    def _check_that_all_is_seen(self) -> None:
+        size, patch, stride = self.encoder.image_size, self.patch_size, self.patch_stride
+        require(stride <= patch, f"--method.patch-stride {stride}: patches of {patch} pixels would leave gaps; give at most {patch}")
+
+        def unseen(side: int) -> int:
+            patch, stride = self.config.grid(side)
+            return (side - patch) % stride
+
+        if unseen(size):
+            near = [side for side in range(size // 2, 2 * size + 1) if not unseen(side)]
+            fits = [max((s for s in near if s < size), default=0), min((s for s in near if s > size), default=0)]
+            advice = " or ".join([f"--data.image-size {side}" for side in fits if side] + ["another --method.patch-stride"])
+            raise UserError(
+                f"--data.image-size {size}: patches of {patch} pixels, {stride} apart, never see the last {unseen(size)}; give {advice}"
+            )
 
     def embed(self, batch: Batch) -> Embeddings:
         num_views, batch_size = batch.views.shape[:2]

@@ -52,6 +52,18 @@ class MoCoConfig(MethodConfig):
             f"{max(size, self.queue // size * size)}",
         )
 
+    def remarks(self, num_train: int, num_seen: int) -> list[str]:
+        if self.queue > num_seen:
+            return [
+                f"--method.queue {self.queue}: the run makes {num_seen:,} keys; the random ones it begins with stay to the end"
+            ]
+        if self.queue > num_train:
+            return [
+                f"--method.queue {self.queue} holds more keys than there are training samples ({num_train:,}): earlier keys of a "
+                "sample are among its negatives"
+            ]
+        return []
+
 
 class MoCo(Method):
     """A query looks for its key among the keys of past batches.

@@ -28,6 +28,10 @@ class VICRegConfig(MethodConfig):
         super().__post_init__()
         for name in ("invariance", "variance", "covariance"):
             require(getattr(self, name) >= 0, f"--method.{name} {getattr(self, name)}: give 0 or more")
+        require(
+            self.invariance > 0 or self.variance > 0 or self.covariance > 0,
+            "--method.invariance 0 with --method.variance 0 and --method.covariance 0: a loss of nothing; give one of them more",
+        )
 
 
 class VICReg(Method):

@@ -1,0 +1,149 @@
+"""An encoder, its heads and a method are tried at the configured image size before a run begins."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from dist_contrastive.batch import Batch
+from dist_contrastive.config import TrainConfig, UserError
+from dist_contrastive.methods import Method
+from dist_contrastive.trainer import build_method
+
+ENOUGH = 2
+"""Samples with which each method can compute a forward pass, whatever its normalization."""
+SIZE_STEPS = (16, 32, 64)
+"""Image sizes that are tried in search of one that fits are multiples of these."""
+
+
+class _Unseen(Exception):
+    """Images of `size` pixels are no whole number of `patch` pixels."""
+
+    def __init__(self, size: int, patch: int) -> None:
+        self.size, self.patch = size, patch
+
+
+def fewest_samples(config: TrainConfig) -> int:
+    """How few samples a forward pass of the method can take, by trying: 1, or 2 where BatchNorm would see a single value.
+
+    With `--encoder.norm sync` samples of all ranks together. The method, encoder and heads included, embeds images of the
+    configured size and sends a gradient back, without data: on the meta device, in less than a second, and on the CPU
+    where a model can't be computed there. `UserError` where it can't, with image sizes near by that fit. Leaves torch's random
+    state as it was.
+    """
+    problem: Exception | None = None
+    for device in ("meta", "cpu"):
+        try:
+            return _try(config, device)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a library says of sizes that it can't take
+            problem = error
+        if isinstance(problem, _Unseen):
+            break
+    assert problem is not None
+    raise UserError(_describe(config, problem))
+
+
+def _try(config: TrainConfig, device: str) -> int:
+    """Embed blank samples and back-propagate, encode whole images as a probe does, then see whether a single sample will do.
+
+    What `fewest_samples` returns; raises whatever the model does.
+    """
+    side, num_views = config.data.image_size, config.augment.num_views
+    encoder = config.encoder
+    if encoder.norm == "sync":  # takes the same sizes, and asks no other rank
+        encoder = replace(encoder, norm="batch")
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        method = build_method(replace(config, encoder=encoder)).train()
+        batch = Batch(
+            views=torch.zeros(num_views, ENOUGH, 3, side, side),
+            labels=torch.zeros(ENOUGH, dtype=torch.int64),
+            indices=torch.arange(ENOUGH),
+            epoch=0,
+        )
+        with _watched(method):
+            embeddings = [z for z in method.embed_all(batch).values() if z.requires_grad]
+            torch.autograd.backward(embeddings, [torch.ones_like(z) for z in embeddings])
+            with torch.no_grad():
+                method.eval().encoder(batch.views[0])
+        try:
+            with torch.no_grad():
+                method.train().embed_all(batch.samples(slice(1)))
+        except ValueError:  # BatchNorm's, of a single value for each channel
+            return ENOUGH
+        return 1
+
+
+@contextmanager
+def _watched(method: Method) -> Iterator[None]:
+    """Within the context an encoder that leaves pixels out, or whose features are no vectors, raises."""
+
+    def before(conv: nn.Module, inputs: tuple[Any, ...]) -> None:
+        assert isinstance(conv, nn.Conv2d)
+        (patch, _), (stride, _), padding = conv.kernel_size, conv.stride, conv.padding
+        size = inputs[0].shape[-1]
+        if stride >= patch > 1 and padding in ((0, 0), "valid") and size % stride:
+            raise _Unseen(size, stride)
+
+    def after(body: nn.Module, inputs: tuple[Any, ...], features: Any) -> None:
+        shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        if shape != [len(inputs[0]), method.encoder.feature_size]:
+            raise ValueError(
+                f"it gives {shape} for {len(inputs[0])} images, not a feature of {method.encoder.feature_size} numbers for each"
+            )
+
+    body = method.encoder.body
+    reading = [m for m in body.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
+    hooks = [conv.register_forward_pre_hook(before) for conv in reading] + [body.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _describe(config: TrainConfig, problem: Exception) -> str:
+    """One line that says what does not fit, and what would."""
+    size, name = config.data.image_size, config.encoder.name
+    if isinstance(problem, _Unseen) and problem.size == size:
+        patch, below = problem.patch, size // problem.patch * problem.patch
+        fits = f"{below} or {below + patch}" if below else f"such as {patch}"
+        return (
+            f"--data.image-size {size}: {name} cuts images into patches of {patch} pixels and would never see the rest; give "
+            f"a multiple of {patch}, {fits}"
+        )
+    if isinstance(problem, _Unseen):
+        return (
+            f"--encoder.name {name} cuts what {config.method.name} gives it, {problem.size} pixels of images of {size}, into "
+            f"patches of {problem.patch} pixels and would never see the rest; choose another encoder"
+        )
+    reason = (str(problem).strip() or type(problem).__name__).splitlines()[0].rstrip(".")
+    fits = " or ".join(str(other) for other in _sizes_that_fit(config))
+    advice = f"give {fits}" if fits else "choose another --encoder.name"
+    return f"--data.image-size {size}: {name} can't be trained on such images with {config.method.name} ({reason}); {advice}"
+
+
+def _sizes_that_fit(config: TrainConfig) -> list[int]:
+    """The nearest image sizes below and above that the method can take, of those that are tried."""
+    size = config.data.image_size
+    multiples = {step * (size // step + offset) for step in SIZE_STEPS for offset in (0, 1, 2)}
+    pretrained = timm.get_pretrained_cfg(config.encoder.name, allow_unregistered=True)
+    if pretrained is not None:
+        multiples.add(pretrained.input_size[-1])
+
+    def fits(other: int) -> bool:
+        try:
+            _try(replace(config, data=replace(config.data, image_size=other)), "meta")
+        except Exception:  # whatever a library says of sizes that it can't take
+            return False
+        return True
+
+    below = (other for other in sorted(multiples, reverse=True) if 0 < other < size)
+    above = (other for other in sorted(multiples) if other > size)
+    found = (next(filter(fits, others), None) for others in (below, above))
+    return [other for other in found if other is not None]
