@@ -1,14 +1,21 @@
 """The command line: one clear line and status 2 for a user's mistake, a traceback for a fault of ours."""
 
 import io
+import operator
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dist_contrastive import cli
 from dist_contrastive.config import TrainConfig, UserError
+from dist_contrastive.data.sources import open_source
+from dist_contrastive.pack import PackConfig
+from dist_contrastive.probe import ProbeCommand
 from dist_contrastive.recipes import RECIPES
 
 
@@ -99,6 +106,37 @@ def test_what_cannot_be_read(args: tuple[str, ...], part: str, encoding: str, mo
 )
 def test_what_validation_refuses_is_said_in_its_own_words(args: tuple[str, ...], message: str) -> None:
     assert error_of(*args) == message
+
+
+@pytest.mark.parametrize(
+    ("entry", "args", "field", "expected"),
+    [
+        (RECIPES["photos"](), ["--run-dir", "~/x"], "run_dir", "/home/somebody/x"),
+        (RECIPES["photos"](), ["--run-dir=~/x"], "run_dir", "/home/somebody/x"),
+        (RECIPES["photos"](), ["--data.path=~/x.beton"], "data.path", "/home/somebody/x.beton"),
+        (replace(RECIPES["photos"](), run_dir=Path("~/runs")), [], "run_dir", "/home/somebody/runs"),
+        (RECIPES["photos"](), ["--run-dir", "a/~/b"], "run_dir", "a/~/b"),
+        (ProbeCommand, ["~/x", "--data=~/y.beton"], "data", "/home/somebody/y.beton"),
+        (ProbeCommand, ["~/x"], "run", "/home/somebody/x"),
+        (ProbeCommand, ["x"], "data", "None"),
+        (PackConfig, ["photos", "~/x.beton"], "out_path", "/home/somebody/x.beton"),
+    ],
+)
+def test_a_tilde_is_the_home_folder_in_every_path(
+    entry: Any, args: list[str], field: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert str(operator.attrgetter(field)(cli.parse(entry, args))) == expected
+
+
+@pytest.mark.parametrize(
+    "parsed",
+    [lambda: parse("--run-dir", "~no-such-user/x"), lambda: open_source("folder:~no-such-user/x")],
+    ids=["option", "source"],
+)
+def test_the_home_folder_of_nobody_is_refused(parsed: Callable[[], object]) -> None:
+    with pytest.raises(UserError, match=r"^~no-such-user/x: there is no such home folder; give the whole path$"):
+        parsed()
 
 
 def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:

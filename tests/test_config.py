@@ -29,6 +29,7 @@ from dist_contrastive.config import (
 )  # fmt: skip
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.simclr import SimCLRConfig
+from dist_contrastive.methods.vicreg import VICRegConfig
 from dist_contrastive.recipes import RECIPES
 
 
@@ -90,7 +91,7 @@ def test_frozen() -> None:
                 setattr(part, field.name, getattr(part, field.name))
 
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,7 @@ NAN = float("nan")
         ("--augment.crop-ratio", lambda: AugmentConfig(crop_ratio=(0.0, 1.0))),
         ("--augment.blur-sigma", lambda: AugmentConfig(blur_sigma=(2.0, 1.0))),
         ("--augment.std", lambda: AugmentConfig(std=(0.2, 0.0, 0.2))),
+        ("--augment.solarize-threshold", lambda: AugmentConfig(solarize_threshold=1.5)),
         ("--encoder.dropout", lambda: EncoderConfig(dropout=1.0)),
         ("--method.projector.hidden-size", lambda: SimCLRConfig(projector=HeadConfig(hidden_size=-1))),
         ("--method.projector.output-size", lambda: SimCLRConfig(projector=HeadConfig(output_size=0))),
@@ -133,6 +135,7 @@ NAN = float("nan")
         ("--checkpoint.keep", lambda: CheckpointConfig(keep=1)),
         ("--launch.ranks", lambda: LaunchConfig(ranks=-1)),
         ("--launch.timeout-minutes", lambda: LaunchConfig(timeout_minutes=0.0)),
+        ("--launch.timeout-minutes", lambda: LaunchConfig(timeout_minutes=1e300)),
         ("--epochs", lambda: TrainConfig(method=SimCLRConfig(), epochs=0)),
         ("--log-every", lambda: TrainConfig(method=SimCLRConfig(), log_every=0)),
         ("--stop-after-steps", lambda: TrainConfig(method=SimCLRConfig(), stop_after_steps=-1)),
@@ -147,6 +150,74 @@ def test_a_wrong_value_is_refused_in_one_line_that_starts_with_its_option(
         build()
     assert str(caught.value).startswith(option)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize(
+    "recipe", [RECIPES["photos"], *(RECIPES[f"photos_{n}"] for n in ("barlow", "vicreg", "byol", "cpc"))]
+)
+def test_no_number_may_be_infinite_or_none(recipe: Callable[[], TrainConfig], value: float) -> None:
+    """Each number of each section, whatever it is for."""
+    sections = [part for part in parts(recipe()) if not isinstance(part, HeadConfig | TrainConfig)]
+    tried = 0
+    for section in sections:
+        for name, old in vars(section).items():
+            numbers = old if isinstance(old, tuple) else (old,)
+            if not any(isinstance(number, float) for number in numbers):
+                continue
+            tried += 1
+            wrong = (*numbers[:-1], value) if isinstance(old, tuple) else value
+            with pytest.raises(UserError) as caught:
+                replace(section, **{name: wrong})
+            assert f".{name.replace('_', '-')} " in str(caught.value)
+    assert tried > 25
+
+
+def pair(**changes: Any) -> TrainConfig:
+    return replace(RECIPES["photos"](), **changes)
+
+
+@pytest.mark.parametrize(
+    ("build", "line"),
+    [
+        (
+            lambda: pair(epochs=5, optim=OptimConfig(warmup_epochs=10)),
+            "--optim.warmup-epochs 10 is longer than the run (--epochs 5), which would never reach its learning rate: give "
+            "fewer than 5 warm-up epochs, or more epochs than 10",
+        ),
+        (
+            lambda: BatchConfig(memory_gib=4.0),
+            "--batch.memory-gib 4 is for --batch.micro auto, not for --batch.micro 0: give --batch.micro auto with it",
+        ),
+        (
+            lambda: pair(data=DataConfig(image_size=1), augment=AugmentConfig(blur=(0.0, 0.5))),
+            "--augment.blur 0.0 0.5 with --data.image-size 1: one pixel can't be blurred; give --augment.blur 0",
+        ),
+        (
+            lambda: VICRegConfig(invariance=0.0, variance=0.0, covariance=0.0),
+            "--method.invariance 0 with --method.variance 0 and --method.covariance 0: a loss of nothing; give one of them more",
+        ),
+    ],
+)
+def test_what_is_valid_alone_and_not_together_is_refused_with_both_names(
+    build: Callable[[], object], line: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        build()
+    assert str(caught.value) == line
+
+
+def test_a_warm_up_as_long_as_the_run_and_its_neighbours_are_let_through() -> None:
+    pair(epochs=5, optim=OptimConfig(warmup_epochs=5))
+    BatchConfig(micro="auto", memory_gib=4.0)
+    pair(data=DataConfig(image_size=2), augment=AugmentConfig(blur=(0.5,)))
+    VICRegConfig(invariance=0.0, variance=0.0)
+
+
+def test_a_path_that_is_read_back_has_its_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    data = to_dict(replace(RECIPES["photos"](), run_dir=Path("~/runs")))
+    assert from_dict(TrainConfig, data, SimCLRConfig).run_dir == Path("/home/somebody/runs")
 
 
 def test_paths_are_plain_text_in_json() -> None:

@@ -344,6 +344,35 @@ def test_where_no_micro_batch_fits_the_message_names_the_queue() -> None:
         assert "--method.queue" in message
 
 
+def fits_two(rank: int, fits: int) -> tuple[int, str]:
+    """A step that may not go below two samples a pass, of which rank 1 can do `fits`: what the micro-batch became."""
+    method = build("simclr", BATCH)
+    method.__class__ = Failing
+    assert isinstance(method, Failing)
+    method.moment, method.fits, method.failing_rank = "embed", fits, 1
+    steps = large_batch(method, 0)
+    steps.fewest = 2
+    try:
+        steps.compute_gradient(share_of_batch(method), 0)
+    except UserError as error:
+        return steps.micro, str(error)
+    return steps.micro, ""
+
+
+def test_halving_ends_at_the_fewest_samples_that_a_pass_can_take() -> None:
+    assert run_ranks(fits_two, 2, 2) == [(2, "")] * 2
+    for micro, message in run_ranks(fits_two, 2, 1):
+        assert micro == 2
+        assert message.startswith("step 1: out of memory on rank(s) [1] even at 2 samples at a time")
+
+
+def test_halving_takes_what_is_left_where_half_would_leave_a_part_too_small() -> None:
+    steps = large_batch(build("simclr", BATCH), 0)
+    steps.fewest = 2
+    steps._halve(5, 0, [0])  # 2 + 2 + 1 has a part of one sample, 3 + 2 has not
+    assert steps.micro == 3
+
+
 def other_error(rank: int) -> None:
     method = build("simclr", GROUP)
     method.loss = None  # type: ignore[assignment, method-assign]

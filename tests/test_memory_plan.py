@@ -155,6 +155,24 @@ def test_planning_leaves_no_trace(num_ranks: int, dataset: Path, tmp_path: Path)
     assert run_ranks(state_around_planning, num_ranks, config) == [[]] * num_ranks
 
 
+def plan_with_fewest(rank: int, config: TrainConfig, fewest: int) -> int | str:
+    trainer = Trainer(config, connect(config), steps_per_epoch=1, dataset_sha256="", fewest=fewest)
+    try:
+        return trainer.plan_memory().micro
+    except UserError as error:
+        return str(error)
+
+
+def test_a_plan_has_no_pass_of_fewer_samples_than_the_method_can_take(dataset: Path, tmp_path: Path) -> None:
+    config = auto_config(tmp_path / "run", dataset, 0.06)
+    (free,) = run_ranks(plan_with_fewest, 1, config, 1)
+    assert isinstance(free, int)
+    assert free < 96, "the memory does not hold all"
+    (bound,) = run_ranks(plan_with_fewest, 1, config, 96)
+    assert isinstance(bound, str)
+    assert "hold no step of 96 samples a rank" in bound
+
+
 @pytest.mark.parametrize("value", [-1.0])
 def test_negative_memory_is_refused(value: float) -> None:
     with pytest.raises(UserError, match=r"^--batch.memory-gib"):
