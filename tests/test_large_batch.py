@@ -349,7 +349,7 @@ def fits_two(rank: int, fits: int) -> tuple[int, str]:
     method = build("simclr", BATCH)
     method.__class__ = Failing
     assert isinstance(method, Failing)
-    method.moment, method.fits, method.failing_rank = "embed", fits, 1
+    method.moment, method.fits, method.failing_rank = "second pass", fits, 1
     steps = large_batch(method, 0)
     steps.fewest = 2
     try:
