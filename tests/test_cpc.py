@@ -215,6 +215,19 @@ def test_the_report_has_the_cosine_of_predictions_and_their_targets() -> None:
     [
         ({"patch_size": 17}, "--method.rows-ahead 3: patches of 17 pixels, .* make 0 rows"),
         ({"patch_size": 8, "patch_stride": 4}, "--method.rows-ahead 3: patches of 8 pixels, 4 apart, make 3 rows"),
+        (
+            {"patch_size": 6, "patch_stride": 4, "rows_ahead": 1},
+            "--data.image-size 16: patches of 6 pixels, 4 apart, never see the last 2; give --data.image-size 14 or "
+            "--data.image-size 18 or another --method.patch-stride",
+        ),
+        (
+            {"patch_size": 4, "patch_stride": 6, "rows_ahead": 1},
+            "--method.patch-stride 6: patches of 4 pixels would leave gaps; give at most 4",
+        ),
+        (
+            {"image_size": 20},
+            "--data.image-size 20: patches of 5 pixels, 2 apart, never see the last 1; give --data.image-size",
+        ),
         ({"patch_size": -1}, "--method.patch-size -1: give"),
         ({"patch_stride": -1}, "--method.patch-stride -1: give"),
         ({"rows_ahead": 0}, "--method.rows-ahead 0: give"),

@@ -1,4 +1,5 @@
-"""What is refused before a run begins: encoders and image sizes, crops and images, forward passes too small for BatchNorm."""
+"""What is refused before a run begins, by trying or by arithmetic: image sizes that an encoder can't take, crops that images
+have not, forward passes too small for BatchNorm."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_contrastive import preflight
+from dist_contrastive import preflight, trial
+from dist_contrastive.batch import Batch, largest_micro, smallest_part
 from dist_contrastive.config import (
     BatchConfig,
     CheckpointConfig,
@@ -21,12 +23,12 @@ from dist_contrastive.config import (
     UserError,
 )  # fmt: skip
 from dist_contrastive.data.beton import open_dataset
-from dist_contrastive.large_batch import largest_micro, smallest_part
+from dist_contrastive.large_batch import split
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.cpc import CPCConfig
 from dist_contrastive.methods.moco import MoCoConfig
-from dist_contrastive.preflight import fewest_samples
 from dist_contrastive.trainer import build_method
+from dist_contrastive.trial import fewest_samples
 from tests.harness import RankError, run_ranks
 from tests.runs import GLOBAL_BATCH, NUM_TRAIN, STEPS_PER_EPOCH, losses_of, tiny_config, train_on_rank, write_dataset
 
@@ -133,7 +135,7 @@ def test_features_that_are_no_vectors_are_refused(monkeypatch: pytest.MonkeyPatc
         method.encoder.body.register_forward_hook(sequence)
         return method
 
-    monkeypatch.setattr(preflight, "build_method", build)
+    monkeypatch.setattr(trial, "build_method", build)
     assert "it gives [4, 3, 512] for 4 images, not a feature of 512 numbers" in refusal_of(with_encoder("resnet18", 32))
 
 
@@ -143,7 +145,7 @@ def test_what_meta_tensors_cannot_do_is_tried_on_the_cpu(monkeypatch: pytest.Mon
         method.encoder.body.register_forward_hook(lambda module, inputs, output: output * float(output.detach().sum()))
         return method
 
-    monkeypatch.setattr(preflight, "build_method", build)
+    monkeypatch.setattr(trial, "build_method", build)
     assert fewest_samples(with_encoder("resnet10_w16", 16)) == 1
 
 
@@ -171,7 +173,7 @@ def test_the_fewest_samples_are_those_that_a_real_pass_takes(name: str, norm: st
     fewest = fewest_samples(config)
     for size in range(1, fewest + 1):
         method = build_method(config).train()
-        batch = preflight.Batch(
+        batch = Batch(
             views=torch.randn(config.augment.num_views, size, 3, 16, 16),
             labels=torch.zeros(size, dtype=torch.int64),
             indices=torch.arange(size),
@@ -242,11 +244,18 @@ def test_what_is_not_refused_trains(
 def test_the_largest_micro_batch_leaves_no_part_too_small(num_samples: int, fewest: int) -> None:
     for at_most in range(1, num_samples + 1):
         found = largest_micro(num_samples, at_most, fewest)
-        fitting = [m for m in range(1, at_most + 1) if smallest_part(num_samples, m) >= fewest]
+        parts = {m: [part.stop - part.start for part in split(num_samples, m)] for m in range(1, at_most + 1)}
+        assert all(min(sizes) == smallest_part(num_samples, m) for m, sizes in parts.items())
+        fitting = [m for m, sizes in parts.items() if min(sizes) >= fewest]
         assert found == max(fitting, default=0)
 
 
 # Options with the data.
+
+
+def check_crops(config: TrainConfig) -> None:
+    data = open_dataset(config.data.path)
+    preflight.check_crops(config, data.heights, data.widths)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +280,7 @@ def test_the_largest_micro_batch_leaves_no_part_too_small(num_samples: int, fewe
 def test_options_that_the_data_rules_out(changes: dict[str, Any], line: str, dataset: Path, tmp_path: Path) -> None:
     config = replace(tiny_config(tmp_path, dataset), **changes)
     with pytest.raises(UserError) as caught:
-        preflight.check_run(config, open_dataset(dataset), 1)
+        preflight.check(config)
     assert str(caught.value).startswith(line)
 
 
@@ -290,7 +299,7 @@ def test_crops_that_no_image_has_are_refused(augment: dict[str, Any], line: str,
     config = tiny_config(tmp_path, dataset)
     config = replace(config, augment=replace(config.augment, **augment))
     with pytest.raises(UserError) as caught:
-        preflight.check_run(config, open_dataset(dataset), 1)
+        check_crops(config)
     assert str(caught.value).startswith(line)
 
 
@@ -298,7 +307,7 @@ def test_an_evaluation_crop_of_less_than_a_pixel_is_refused(dataset: Path, tmp_p
     config = tiny_config(tmp_path, dataset)
     config = replace(config, data=replace(config.data, eval_crop=0.01))
     with pytest.raises(UserError, match=r"^--data.eval-crop 0.01: of an image of 20 pixels .* give at least 0.05"):
-        preflight.check_run(config, open_dataset(dataset), 1)
+        check_crops(config)
 
 
 @pytest.mark.parametrize(
@@ -320,5 +329,5 @@ def test_an_evaluation_crop_of_less_than_a_pixel_is_refused(dataset: Path, tmp_p
 def test_what_works_and_may_not_be_meant_is_said(
     changes: dict[str, Any], line: str | None, dataset: Path, tmp_path: Path
 ) -> None:
-    lines = preflight.remarks(replace(tiny_config(tmp_path, dataset), **changes), open_dataset(dataset))
+    lines = preflight.remarks(replace(tiny_config(tmp_path, dataset), **changes), NUM_TRAIN)
     assert [text[: len(line or "")] for text in lines] == ([line] if line else [])

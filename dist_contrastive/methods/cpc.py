@@ -84,7 +84,10 @@ class CPC(Method):
 
     def _check_that_all_is_seen(self) -> None:
         size, patch, stride = self.encoder.image_size, self.patch_size, self.patch_stride
-        require(stride <= patch, f"--method.patch-stride {stride}: patches of {patch} pixels would leave gaps; give at most {patch}")
+        require(
+            stride <= patch,
+            f"--method.patch-stride {stride}: patches of {patch} pixels would leave gaps; give at most {patch}",
+        )
 
         def unseen(side: int) -> int:
             patch, stride = self.config.grid(side)
@@ -93,9 +96,12 @@ class CPC(Method):
         if unseen(size):
             near = [side for side in range(size // 2, 2 * size + 1) if not unseen(side)]
             fits = [max((s for s in near if s < size), default=0), min((s for s in near if s > size), default=0)]
-            advice = " or ".join([f"--data.image-size {side}" for side in fits if side] + ["another --method.patch-stride"])
+            advice = " or ".join(
+                [f"--data.image-size {side}" for side in fits if side] + ["another --method.patch-stride"]
+            )
             raise UserError(
-                f"--data.image-size {size}: patches of {patch} pixels, {stride} apart, never see the last {unseen(size)}; give {advice}"
+                f"--data.image-size {size}: patches of {patch} pixels, {stride} apart, never see the last "
+                f"{unseen(size)}; give {advice}"
             )
 
     def embed(self, batch: Batch) -> Embeddings:
