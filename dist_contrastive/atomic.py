@@ -1,7 +1,12 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and one clear line where the disk won't take them."""
 
+import errno
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from dist_contrastive.config import UserError
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -22,6 +27,21 @@ def write_atomic(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def writing(what: Path | str, goes_on: Callable[[], str]) -> Iterator[None]:
+    """Within the context an `OSError` of the disk becomes a `UserError`: `what` can't be written, and how it goes on.
+
+    `goes_on` gives the end of that line ("the same command goes on from step 8").
+    """
+    try:
+        yield
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise UserError(
+            f"{what} can't be written ({error.strerror or error}); {'make room' if is_full else 'mend that'}, then {goes_on()}"
+        ) from error
 
 
 def sync_folder(path: Path) -> None:

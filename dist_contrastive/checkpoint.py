@@ -3,10 +3,15 @@
 A checkpoint is a folder `step-00000123` with safetensors files, `state.json` and, last, `manifest.json` (SHA-256 sums and
 versions). It is written under a temporary name, every file and the folder synced, then renamed; older ones go only after
 that. Opening one runs no code: tensors are safetensors, everything else is JSON.
+
+What can't be read is never deleted: a run that goes on from an older checkpoint sets the newer ones aside, and where none
+can be read it does not start.
 """
 
 import hashlib
+import itertools
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -22,12 +27,13 @@ from torch import Tensor, nn
 
 from dist_contrastive import __version__
 from dist_contrastive.atomic import sync_folder, write_atomic, write_synced
-from dist_contrastive.config import UserError
+from dist_contrastive.config import UserError, require
 
 FORMAT = 3
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TEMPORARY = ".incomplete-"
+ASIDE = "set-aside-"
 
 Tensors = dict[str, Tensor]
 
@@ -43,29 +49,43 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+class Damaged(UserError):
+    """A checkpoint whose bytes are gone or altered for good."""
+
+
 class CheckpointStore:
     """The checkpoints of one run: `root/step-XXXXXXXX`, of which the newest `keep` stay."""
 
     def __init__(self, root: Path, keep: int) -> None:
         self.root = root
         self.keep = keep
+        self._skipped: list[int] = []
+
+    def _names(self) -> list[str]:
+        """What lies in the folder; `UserError` where it can't be listed, which is not the same as empty."""
+        try:
+            return sorted(path.name for path in self.root.iterdir())
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not self.root.is_symlink():
+                return []
+            raise UserError(f"{self.root} can't be read ({error.strerror}); is its disk there?") from error
 
     def steps(self) -> list[int]:
         """The steps that have a committed checkpoint, oldest first; none of them verified."""
-        numbers = (path.name.removeprefix("step-") for path in self.root.glob("step-*") if path.is_dir())
-        return sorted(int(number) for number in numbers if number.isdecimal())
+        return sorted(int(name.removeprefix("step-")) for name in self._names() if re.fullmatch(r"step-\d{8,}", name))
 
     def path(self, step: int) -> Path:
         return self.root / f"step-{step:08d}"
 
     def save(self, step: int, tensors: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint and then let the oldest go, and any of a later step; returns its folder.
+        """Write a checkpoint and then let the oldest go; returns its folder.
 
-        A later one is what the run could not resume from: it did not verify, and must not count among those kept.
+        Those that `newest` skipped and any of a later step did not verify, and must not count among those kept. They are
+        set aside under another name: another version or a mended disk may read them still.
         Raises OSError when it cannot be written (a full disk, say); what was there before is untouched.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        for leftover in self.root.glob(f"{TEMPORARY}*"):
+        for leftover in self.root.glob(f"{TEMPORARY}step-*"):
             shutil.rmtree(leftover)
         final = self.path(step)
         temporary = self.root / f"{TEMPORARY}{final.name}"
@@ -91,40 +111,51 @@ class CheckpointStore:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        replaced = self.root / f"{TEMPORARY}replaced-{final.name}"
-        if final.exists():  # a checkpoint that did not verify, written again after resuming from an older one
-            final.rename(replaced)
+        for other in self.steps():
+            if other in self._skipped or other >= step:
+                self._set_aside(other)
+        self._skipped = []
         temporary.rename(final)
         sync_folder(self.root)
-        shutil.rmtree(replaced, ignore_errors=True)
-        steps = self.steps()
-        kept = [known for known in steps if known <= step][-self.keep :]
-        for known in steps:
-            if known not in kept:
-                shutil.rmtree(self.path(known))
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(old))
         return final
 
+    def _set_aside(self, step: int) -> None:
+        name = f"{ASIDE}{self.path(step).name}"
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        self.path(step).rename(next(free for free in map(self.root.joinpath, names) if not free.exists()))
+
     def load(self, step: int) -> Checkpoint:
-        """The checkpoint of `step`, verified. Raises `UserError` where it is missing or its bytes were altered."""
+        """The checkpoint of `step`, verified.
+
+        Raises `Damaged` where it is incomplete or its bytes were altered, another `UserError` where it is missing, of another
+        format, or where the disk does not give its bytes now.
+        """
         path = self.path(step)
-        if not path.is_dir():
-            raise UserError(f"{self.root} has no checkpoint of step {step}; it has {self.steps() or 'none'}")
+        steps = self.steps()
+        require(step in steps, f"{self.root} has no checkpoint of step {step}; it has {steps or 'none'}")
+        manifest = _read(path / MANIFEST)
         try:
-            manifest = json.loads((path / MANIFEST).read_bytes())
-            sums = dict(manifest["sha256"])
-            contents = {name: (path / name).read_bytes() for name in {STATE, *sums}}
-            format_found, step_found = manifest["format"], manifest["step"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is incomplete ({error}); delete it to use an older checkpoint") from error
-        if format_found != FORMAT:
-            raise UserError(
-                f"{path} has format {format_found}, this version reads {FORMAT}; use the version that wrote it"
-            )
+            facts = dict(json.loads(manifest))
+            format_found, version = facts["format"], facts.get("versions", {}).get("dist_contrastive", "")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Damaged(f"{path} is incomplete (no manifest: {error})") from error
+        require(
+            format_found == FORMAT,
+            f"{path} has format {format_found}, and this version reads {FORMAT}: the version that wrote it "
+            f"({version or 'unknown'}) can",
+        )
+        try:
+            sums, step_found = dict(facts["sha256"]), facts["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise Damaged(f"{path} is incomplete (no manifest: {error})") from error
+        contents = {name: _read(path / name) for name in {STATE, *sums}}
         if step_found != step:
-            raise UserError(f"{path} says that it is of step {step_found}; delete it to use an older checkpoint")
+            raise Damaged(f"{path} says that it is of step {step_found}")
         for name, data in contents.items():
             if hashlib.sha256(data).hexdigest() != sums.get(name):
-                raise UserError(f"{path / name} was altered (its SHA-256 differs); delete {path} to use an older one")
+                raise Damaged(f"{path / name} was altered (its SHA-256 differs)")
         try:
             tensors = {
                 name.removesuffix(".safetensors"): safetensors.torch.load(data)
@@ -132,17 +163,57 @@ class CheckpointStore:
                 if name.endswith(".safetensors")
             }
         except safetensors.SafetensorError as error:
-            raise UserError(f"{path} holds no safetensors ({error}); delete it to use an older checkpoint") from error
+            raise Damaged(f"{path} holds no safetensors ({error})") from error
         return Checkpoint(step=step, path=path, tensors=tensors, state=json.loads(contents[STATE]))
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that verifies, with a warning for each newer one that does not; None if there is none."""
+        """The newest checkpoint that verifies; None if there never was one.
+
+        Newer ones that are damaged get a warning, and the next `save` sets them aside. One that another version or another
+        hour might read (another format, no permission, an error of the disk or the network) is not passed over: an older
+        one in its place would throw away work that is still there, and nobody would know. `UserError` then, and where
+        there are checkpoints, or what is left of some, and none can be read.
+        """
+        failed: dict[int, UserError] = {}
+        found = None
         for step in reversed(self.steps()):
             try:
-                return self.load(step)
+                found = self.load(step)
+                break
             except UserError as error:
-                warnings.warn(f"skipping a bad checkpoint: {error}", stacklevel=2)
-        return None
+                failed[step] = error
+        reasons = "; ".join(map(str, failed.values()))
+        if found is None:
+            rest = [name for name in self._names() if re.match(rf"step-|{ASIDE}|{TEMPORARY}replaced-", name)]
+            require(
+                not rest,
+                f"{self.root} holds checkpoints and none can be used: {reasons or ', '.join(rest)}; nothing was changed; "
+                "put back what is missing, or start anew with another --run-dir, or with --overwrite, which deletes them",
+            )
+            return None
+        require(
+            all(isinstance(error, Damaged) for error in failed.values()),
+            f"the newest checkpoint can't be read now: {reasons}; nothing was changed; mend that, or move "
+            f"{' and '.join(self.path(step).name for step in failed)} elsewhere to go on from step {found.step}",
+        )
+        for step, reason in failed.items():
+            warnings.warn(
+                f"skipping a bad checkpoint: {reason}; going on from step {found.step}; the next checkpoint sets it aside "
+                f"as {self.root / ASIDE}{self.path(step).name}",
+                stacklevel=2,
+            )
+        self._skipped = list(failed)
+        return found
+
+
+def _read(path: Path) -> bytes:
+    """A file of a checkpoint. `Damaged` where it is not there, another `UserError` where the disk does not give it."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise Damaged(f"{path.parent} is incomplete ({path.name}: {error.strerror})") from error
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror})") from error
 
 
 def _serialize(tensors: Tensors) -> bytes:

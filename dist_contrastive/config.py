@@ -238,6 +238,12 @@ class OptimConfig:
     """Of SGD and LARS; AdamW's first beta."""
     warmup_epochs: float = 0.0
     """Length of the linear warm-up."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """Of the learning rate after the warm-up. cosine: down to 0 over the whole run; constant: it stays; wsd
+    (warmup-stable-decay): it stays, and goes down linearly to 0 at the end. A run whose rate has not begun to go down can be
+    given more epochs."""
+    decay_epochs: float = 0.0
+    """Length of the decay at the end of the schedule wsd."""
     clip_norm: float = 0.0
     """Largest norm of the whole gradient; 0 does not clip."""
 
@@ -247,6 +253,10 @@ class OptimConfig:
         require(self.weight_decay >= 0, f"--optim.weight-decay {self.weight_decay}: give 0 or more")
         require(0 <= self.momentum < 1, f"--optim.momentum {self.momentum}: give a number in [0, 1)")
         require(self.warmup_epochs >= 0, f"--optim.warmup-epochs {self.warmup_epochs}: give 0 or more")
+        require(
+            self.decay_epochs > 0 if self.schedule == "wsd" else self.decay_epochs == 0,
+            f"--optim.decay-epochs {self.decay_epochs}: give a positive number with --optim.schedule wsd, and none with another",
+        )
         require(self.clip_norm >= 0, f"--optim.clip-norm {self.clip_norm}: give 0 (off) or more")
 
 
@@ -330,6 +340,11 @@ class TrainConfig:
     """auto continues an unfinished run of the same folder; never refuses a folder that holds one."""
     overwrite: bool = False
     """Delete what an earlier run left in the folder, finished or not."""
+    init_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """Start with the weights of another run (its folder or one of its checkpoints) or of a file (a run's
+    encoder.safetensors, a timm checkpoint) instead of random ones."""
+    init_sha256: Annotated[tuple[str, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
+    """Of the files that the weights came from; written into config.json by training."""
     stop_after_steps: int = 0
     """Save a checkpoint and stop once this many steps are done, as an interruption would; 0 runs to the end."""
     log_every: int = 10
@@ -346,6 +361,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.method.check_global_batch(self.batch.size)
         require(self.epochs >= 1, f"--epochs {self.epochs}: give at least 1")
+        require(
+            self.init_from is None or not self.init_from.resolve().is_relative_to(self.run_dir.resolve()),
+            f"--from {self.init_from}: lies in --run-dir {self.run_dir}, which is the new run's; give another --run-dir",
+        )
+        optim = self.optim
+        require(
+            optim.schedule != "wsd" or optim.warmup_epochs + optim.decay_epochs <= self.epochs,
+            f"--optim.decay-epochs {optim.decay_epochs}: with --optim.warmup-epochs {optim.warmup_epochs} that is more than "
+            f"--epochs {self.epochs}",
+        )
         require(self.log_every >= 1, f"--log-every {self.log_every}: give at least 1")
         require(self.stop_after_steps >= 0, f"--stop-after-steps {self.stop_after_steps}: give 0 (off) or more")
         require(0 <= self.seed < 2**63, f"--seed {self.seed}: give a number in [0, 2**63)")
@@ -370,7 +395,7 @@ class TrainConfig:
 # is among them because the checkpoint holds the dataset's checksum; the micro-batch, because the gradient is the same
 # whatever it is, but for the statistics that BatchNorm normalizes with, and memory may force another one at any step.
 EXECUTION_FIELDS = (
-    "run_dir", "resume", "overwrite", "stop_after_steps", "batch.micro", "batch.memory_gib", "data.path",
+    "run_dir", "resume", "overwrite", "init_sha256", "stop_after_steps", "batch.micro", "batch.memory_gib", "data.path",
     "data.threads", "data.batches_ahead", "data.timeout_s", "checkpoint.every", "checkpoint.keep", "launch.ranks",
     "launch.device", "launch.timeout_minutes",
 )  # fmt: skip

@@ -5,9 +5,11 @@ costs (`effective_rank`, times, memory) is in each `log_every`-th. A probe has a
 its scores under `probe/`.
 """
 
+import contextlib
 import json
 import math
 import resource
+import threading
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -22,11 +24,14 @@ from torch.utils.tensorboard.summary import hparams
 from dist_contrastive.atomic import write_atomic
 
 PROBE_PREFIX = "probe/"
+TENSORBOARD_THREAD = "tensorboard.summary.writer.event_file_writer"
 
 
 class MetricsLog:
     """The two logs of a run; rank 0 alone makes one.
 
+    Raises OSError where the disk won't take a line. TensorBoard writes in a thread of its own, whose error comes with a
+    later call: `flush` is the last chance to hear of it.
     `step` is how many updates the run resumes after (0: fresh), `probed` the steps whose probes it remembers.
     """
 
@@ -40,14 +45,19 @@ class MetricsLog:
             if line["step"] <= step and (line["step"] in probed or not any(k.startswith(PROBE_PREFIX) for k in line))
         ]
         write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in `close`; a line is on disk once written
+        # Closed in `close`. Without a buffer a line is on disk once written, and what the disk refused is not tried again.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._default_hook = threading.excepthook
+        threading.excepthook = self._on_thread_error
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
         self._probe_names: list[str] = []
 
     def write(self, step: int, epoch: int, values: dict[str, float]) -> None:
         """Log `values` once `step` updates are done, the last in `epoch` (from 0); non-finite numbers become null."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
+        text = memoryview((json.dumps({"step": step, "epoch": epoch, **finite}) + "\n").encode())
+        while text:
+            text = text[self._file.write(text) :]
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
 
@@ -72,9 +82,20 @@ class MetricsLog:
                 pixels = np.asarray(picture.convert("RGB"))
             self._tensorboard.add_image(f"report/{path.stem}", pixels, step, dataformats="HWC")
 
+    def flush(self) -> None:
+        """Wait until TensorBoard has written what it was given."""
+        self._tensorboard.flush()
+
     def close(self) -> None:
         self._file.close()
-        self._tensorboard.close()
+        with contextlib.suppress(OSError):  # which `flush` has told
+            self._tensorboard.close()
+        threading.excepthook = self._default_hook
+
+    def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
+        # What a full disk says to TensorBoard's thread is raised again where the next line is written.
+        if type(args.thread).__module__ != TENSORBOARD_THREAD or not isinstance(args.exc_value, OSError):
+            self._default_hook(args)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
-"""Parameter groups and optimizers."""
+"""Parameter groups, optimizers and their learning rate."""
 
 import torch
 from timm.optim import Lars
 from torch import nn
 
-from dist_contrastive.config import OptimConfig
+from dist_contrastive import schedules
+from dist_contrastive.config import OptimConfig, TrainConfig
 
 REFERENCE_BATCH = 256  # learning rates are given per this many samples (Goyal et al. 2017)
 STATES_PER_PARAMETER = {"adamw": 2, "sgd": 1, "lars": 1}
@@ -14,6 +15,19 @@ STATES_PER_PARAMETER = {"adamw": 2, "sgd": 1, "lars": 1}
 def peak_learning_rate(config: OptimConfig, global_batch: int) -> float:
     """The configured rate, which is per 256 samples, scaled linearly to the global batch. The one place that scales."""
     return config.learning_rate * global_batch / REFERENCE_BATCH
+
+
+def learning_rate(config: TrainConfig, steps_per_epoch: int, step: int) -> float:
+    """The rate of the update that follows `step` others in the run of `config`."""
+    optim = config.optim
+    return schedules.learning_rate(
+        step,
+        steps_per_epoch * config.epochs,
+        round(optim.warmup_epochs * steps_per_epoch),
+        peak_learning_rate(optim, config.batch.size),
+        optim.schedule,
+        round(optim.decay_epochs * steps_per_epoch),
+    )
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -10,9 +10,10 @@ from typing import Any, Literal
 from accelerate import Accelerator
 
 from dist_contrastive import distributed, liveness, preflight
+from dist_contrastive.atomic import writing
 from dist_contrastive.batch import steps_per_epoch
-from dist_contrastive.checkpoint import save_module
-from dist_contrastive.config import TrainConfig, flatten, to_dict
+from dist_contrastive.checkpoint import Checkpoint, save_module
+from dist_contrastive.config import TrainConfig, UserError, flatten, require, to_dict
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import TRAIN
 from dist_contrastive.data.loader import Epoch, announced_compilation, fair_threads, train_epoch
@@ -26,6 +27,7 @@ from dist_contrastive.report.collect import collect_report
 from dist_contrastive.run_folder import RunFolder
 from dist_contrastive.trainer import Trainer, build_method
 from dist_contrastive.trial import fewest_samples
+from dist_contrastive.weights import read_weights, start_from
 
 
 def train(config: TrainConfig) -> bool:
@@ -72,7 +74,10 @@ def fit(run: "Run") -> bool:
 
 @contextmanager
 def open_run_folder(config: TrainConfig) -> Iterator[tuple[RunFolder | None, Literal["fresh", "resume"]]]:
-    """The run's folder, locked, on rank 0 (None elsewhere), and on every rank whether the run starts or goes on."""
+    """The run's folder, locked, on rank 0 (None elsewhere), and on every rank whether the run starts or goes on.
+
+    Nothing in it has changed by then: the run claims it once all that may refuse the run is behind it.
+    """
     folder = distributed.together(lambda: RunFolder(config.run_dir) if distributed.is_main() else None)
     try:
         start = distributed.together(lambda: folder.open(config) if folder else None)
@@ -123,6 +128,8 @@ class Run:
         self.scores: dict[str, Any] = {"baselines": {}, "history": []}
         self.machine = describe_machine(accelerator)
         self.metrics: MetricsLog | None = None
+        self.unwritten: UserError | None = None
+        """Why the metrics could not be written, until all ranks have stopped for it."""
         self.timer = StepTimer(config.batch.size, accelerator.device)
         self.times = times
         self.starts: list[dict[str, Any]] = []
@@ -131,14 +138,13 @@ class Run:
         """Whether this process has done a step."""
 
     def begin(self, start: Literal["fresh", "resume"]) -> None:
-        """Take over the newest checkpoint that verifies, if there is one."""
+        """Take over the newest checkpoint that verifies, or else the weights to start from; then claim the folder."""
         trainer, config = self.trainer, self.config
-        if start == "resume":
-            newest = trainer.store.newest() if distributed.is_main() else None
-            step = distributed.broadcast_object(newest.step if newest else None)
-            if step is not None:
-                extra = distributed.together(lambda: trainer.restore(newest or trainer.store.load(step)))
-                self.scores, self.starts, self.times.seconds = extra["scores"], extra["starts"], extra["seconds"]
+        checkpoint = self._newest_checkpoint() if start == "resume" else None
+        if checkpoint:
+            extra = distributed.together(lambda: trainer.restore(checkpoint))
+            self.scores, self.starts, self.times.seconds = extra["scores"], extra["starts"], extra["seconds"]
+        notes = self._start_from(bool(checkpoint), start)
         self.starts.append({"step": trainer.step, "time": datetime.now(UTC).isoformat(timespec="seconds")})
         self.progress = TrainingProgress(
             trainer.total_steps, trainer.step, config.epochs, visible=distributed.is_main()
@@ -147,15 +153,73 @@ class Run:
         plan = trainer.plan_memory() if config.batch.micro == "auto" and not trainer.large_batch.micro else None
         if plan:
             self.machine["memory_plan"] = to_dict(plan)
-        if self.folder:
-            probed = [entry["step"] for entry in self.scores["history"]]
-            self.metrics = MetricsLog(self.folder.path, trainer.step, probed)
-            self.write_machine()
+            notes.append(plan.describe())
+        if checkpoint:
+            notes.append(trainer.normalization_change(checkpoint.state["ranks"], checkpoint.state["micro"]))
+        self.write("config.json", lambda folder: folder.claim(self.config))
+        self.write("metrics.jsonl", self._open_metrics)
+        self.write_machine()
         self._introduce(start)
-        if plan:
-            self.progress.say(plan.describe())
+        for note in filter(None, notes):
+            self.progress.say(note)
+        if config.init_from and not trainer.step:
+            self.score(0)
+        if trainer.step and not trainer.step_in_epoch:  # of a run that ended here, when it was shorter
+            self._probe_where_due(trainer.epoch - 1)
         self.timer.restart()
         self.times.lap("start")
+
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        """The same on every rank; each reads it for itself."""
+        store = self.trainer.store
+        newest = distributed.together(lambda: store.newest() if distributed.is_main() else None)
+        step = distributed.broadcast_object(newest.step if newest else None)
+        return None if step is None else distributed.together(lambda: newest or store.load(step))
+
+    def _start_from(self, has_checkpoint: bool, start: Literal["fresh", "resume"]) -> list[str]:
+        """Take over the weights that `--from` names, unless a checkpoint has what became of them; what there is to say of it."""
+        source = self.config.init_from
+        if source is None:
+            return []
+        folder = self.folder if start == "resume" else None
+        recorded = distributed.together(lambda: folder.recorded("init_sha256") if folder else None)
+        sha256: tuple[str, ...] = tuple(distributed.broadcast_object(recorded) or ())
+        notes = []
+        if not has_checkpoint:
+            weights = distributed.together(lambda: read_weights(source))
+            sha256 = sha256 or distributed.broadcast_object(weights.sha256)
+            changed = (
+                f"--from {source}: its SHA-256 is no longer that with which this run was started; give the same weights"
+            )
+            distributed.together(lambda: require(weights.sha256 == sha256, changed))
+            notes.append(distributed.together(lambda: start_from(self.trainer.method, weights)))
+        self.config = dataclasses.replace(self.config, init_sha256=sha256)
+        return notes
+
+    def write(self, name: str, call: Callable[[RunFolder], object]) -> None:
+        """`call` on rank 0, which alone writes; where `name` can't be written all ranks stop, with the line that says so."""
+
+        def write() -> None:
+            if self.folder:
+                with writing(self.folder.path / name, self.trainer.goes_on):
+                    call(self.folder)
+
+        distributed.together(write)
+
+    def _open_metrics(self, folder: RunFolder) -> None:
+        probed = [entry["step"] for entry in self.scores["history"]]
+        self.metrics = MetricsLog(folder.path, self.trainer.step, probed)
+
+    def flush(self) -> None:
+        """All ranks stop here where the metrics of an earlier step could not be written."""
+
+        def flush(folder: RunFolder) -> None:
+            if self.unwritten:
+                raise self.unwritten
+            if self.metrics:
+                self.metrics.flush()
+
+        self.write("tensorboard", flush)
 
     def _introduce(self, start: Literal["fresh", "resume"]) -> None:
         trainer, config, machine = self.trainer, self.config, self.machine
@@ -189,7 +253,10 @@ class Run:
         )
 
     def log(self, epoch: int, values: dict[str, float], wait_ms: float) -> dict[str, float] | None:
-        """Write a step's metrics; return them at the steps that are logged, where they have times."""
+        """Write a step's metrics; return them at the steps that are logged, where they have times.
+
+        Where they can't be written all ranks stop after the next step (`flush`).
+        """
         self.timer.count(wait_ms)
         if self.is_warm:
             self.times.lap("training", {"waiting_for_data": wait_ms / 1e3})
@@ -200,12 +267,18 @@ class Run:
         is_logged = self.trainer.is_logged(step)
         if is_logged:
             values = {**values, **self.timer.read()}
-        if self.metrics:
-            self.metrics.write(step, epoch, values)
+        if self.folder and self.metrics and not self.unwritten:
+            try:
+                with writing(self.folder.path / "metrics.jsonl", self.trainer.goes_on):
+                    self.metrics.write(step, epoch, values)
+            except UserError as error:
+                self.unwritten = error
+                self.trainer.interrupt()
         return values if is_logged else None
 
     def end_epoch(self, epoch: int) -> None:
         """Probe and checkpoint where they are due."""
+        self.flush()
         self._probe_where_due(epoch)
         if (epoch + 1) % self.config.checkpoint.every == 0 or epoch + 1 == self.config.epochs:
             self.save()
@@ -213,6 +286,7 @@ class Run:
 
     def stop(self, epoch: int) -> None:
         """Save so that the same command goes on as if nothing had happened."""
+        self.flush()
         if self.trainer.step_in_epoch == 0:  # the resumed run starts in the next epoch
             self._probe_where_due(epoch)
         self.save()
@@ -221,8 +295,9 @@ class Run:
 
     def _probe_where_due(self, epoch: int) -> None:
         """The last epoch's probe is `conclude`'s."""
-        done = epoch + 1
-        if self.config.probe.every and done % self.config.probe.every == 0 and done < self.config.epochs:
+        done, every = epoch + 1, self.config.probe.every
+        known = any(entry["step"] == self.trainer.step for entry in self.scores["history"])
+        if every and done % every == 0 and done < self.config.epochs and not known:
             self.score(done)
 
     def score(self, epochs_done: int) -> None:
@@ -234,9 +309,13 @@ class Run:
         result = self.probe.score(self.trainer.method.encoder)
         earlier = [entry for entry in self.scores["history"] if entry["step"] != self.trainer.step]
         self.scores["history"] = [*earlier, {"epoch": epochs_done, "step": self.trainer.step, **result}]
-        if self.folder and self.metrics:
-            self.folder.write_json("probe.json", self.summary())
-            self.metrics.write_probe(self.trainer.step, epochs_done - 1, result)
+
+        def write(folder: RunFolder) -> None:
+            folder.write_json("probe.json", self.summary())
+            if self.metrics:
+                self.metrics.write_probe(self.trainer.step, max(0, epochs_done - 1), result)
+
+        self.write("probe.json", write)
         self.progress.say(
             f"probe after epoch {epochs_done}: linear {result['linear_top1']:.3f}, kNN {result['knn_top1']:.3f}"
         )
@@ -257,10 +336,8 @@ class Run:
 
     def write_machine(self) -> None:
         """Write machine.json: what the run runs on, when it was started, and where its time went so far."""
-        if self.folder:
-            self.folder.write_json(
-                "machine.json", {**self.machine, "starts": self.starts, "seconds": self.times.seconds}
-            )
+        machine = {**self.machine, "starts": self.starts, "seconds": self.times.seconds}
+        self.write("machine.json", lambda folder: folder.write_json("machine.json", machine))
 
     def conclude(self) -> None:
         """The last probe, the encoder for others to use, the report, and DONE."""
@@ -278,24 +355,29 @@ class Run:
             machine=self.machine,
             starts=self.starts,
         )
-        if not self.folder or not self.metrics or not report:
-            return
         text = {
             "config": json.dumps(to_dict(config)),
             "step": str(trainer.step),
             "dataset_sha256": self.dataset.manifest.sha256,
         }
-        save_module(self.folder.path / "encoder.safetensors", trainer.method.encoder, text)
-        save_module(self.folder.path / "projector.safetensors", trainer.method.projector, text)
+        encoder, projector = "encoder.safetensors", "projector.safetensors"
+        self.write(encoder, lambda folder: save_module(folder.path / encoder, trainer.method.encoder, text))
+        self.write(projector, lambda folder: save_module(folder.path / projector, trainer.method.projector, text))
         self.times.lap("report")
-        page = write_report(dataclasses.replace(report, seconds=self.times.seconds))
-        self.metrics.conclude(trainer.step, flatten(report.config), page.parent / "plots")
+
+        def write(folder: RunFolder) -> None:
+            if report and self.metrics:
+                page = write_report(dataclasses.replace(report, seconds=self.times.seconds))
+                self.metrics.conclude(trainer.step, flatten(report.config), page.parent / "plots")
+
+        self.write("report.html", write)
+        self.flush()
         self.times.lap("report")
         self.write_machine()
-        self.folder.finish()
-        if report.probe:
+        self.write("DONE", lambda folder: folder.finish())
+        if report and report.probe:
             print_scores(report.probe)
-        self.progress.say(f"report: {page}\nDONE in {self.times.total:.0f} s")
+        self.progress.say(f"report: {config.run_dir / 'report.html'}\nDONE in {self.times.total:.0f} s")
 
     def close(self) -> None:
         """Bring the logs to disk; however the run ended, its last steps are what one wants to see."""

@@ -1,4 +1,7 @@
-"""A run's folder: who may write to it, and whether it starts fresh or goes on."""
+"""A run's folder: who may write to it, and whether it starts fresh or goes on.
+
+What writes here raises OSError where the disk won't take it; the run turns that into one line on all ranks.
+"""
 
 import contextlib
 import fcntl
@@ -17,6 +20,7 @@ OWN_NAMES = (
     "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "encoder.safetensors", "projector.safetensors",
     "probe.json", "probes", "plots", "report.html", "machine.json", "DONE",
 )  # fmt: skip
+CONFIG = "config.json"
 LOCK = ".lock"
 
 
@@ -51,15 +55,30 @@ class RunFolder:
         self._lock.close()
 
     def open(self, config: TrainConfig) -> Literal["fresh", "resume"]:
-        """Decide what to do with what is there, and write config.json.
-
-        A finished run is kept unless `--overwrite` is given; an unfinished one goes on if its config computes the same.
-        """
+        """Decide what to do with what is there (`start_of`; `--overwrite` starts fresh); nothing is changed before `claim`."""
         if config.overwrite:
-            self._clear()
-        start = start_of(self.path, config)
-        self.write_json("config.json", to_dict(config))
-        return start
+            return "fresh"
+        return start_of(self.path, config)
+
+    def claim(self, config: TrainConfig) -> None:
+        """Make the folder that of `config`'s run. The first change to it: whatever may refuse the run comes before.
+
+        With `--overwrite` an earlier run's files go; where a finished run goes on, it is no longer finished. Raises OSError
+        where config.json can't be written.
+        """
+        try:
+            if config.overwrite:
+                self._clear()
+            (self.path / "DONE").unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename} can't be deleted ({error.strerror}); choose another --run-dir"
+            ) from error
+        self.write_json(CONFIG, to_dict(config))
+
+    def recorded(self, name: str) -> Any:
+        """The value of a field of the config that is there; None where there is neither."""
+        return (_known_config(self.path) or {}).get(name)
 
     def _clear(self) -> None:
         # DONE goes first: a folder that is half deleted must not look finished.
@@ -71,45 +90,62 @@ class RunFolder:
                 target.unlink(missing_ok=True)
 
     def write_json(self, name: str, value: Any) -> None:
-        self._write(name, json.dumps(value, indent=1).encode())
+        write_atomic(self.path / name, json.dumps(value, indent=1).encode())
 
     def finish(self) -> None:
         """Mark the run as complete: everything else is written by now."""
-        self._write("DONE", b"")
-
-    def _write(self, name: str, data: bytes) -> None:
-        try:
-            write_atomic(self.path / name, data)
-        except OSError as error:
-            raise UserError(f"{self.path / name} can't be written ({error.strerror})") from error
+        write_atomic(self.path / "DONE", b"")
 
 
 def start_of(path: Path, config: TrainConfig) -> Literal["fresh", "resume"]:
     """Whether the run of `config` starts fresh in the folder `path`, which need not be there, or goes on; writes nothing.
 
-    `UserError` where it holds a finished run, one of another config, or what no run left there.
+    `UserError` where it holds a finished run, one of another config, or what no run left there. A run, finished or not, may
+    go on with other `--epochs`, as far as this can tell: whether the steps that are done allow it, their checkpoint tells.
     """
-    try:
-        if (path / "DONE").exists():
-            raise UserError(f"{path} holds a finished run; pass --overwrite or another --run-dir")
-        config_path = path / "config.json"
-        if not config_path.exists():
-            foreign = [name for name in OWN_NAMES if (path / name).exists()]
-            if foreign:
-                raise UserError(f"{path} holds {foreign[0]} but no config.json; pass --overwrite or another --run-dir")
-            return "fresh"
-        written = config_path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); choose another --run-dir") from error
+    known, finished = _known_config(path), _has(path / "DONE")
+    differing = []
+    if known is not None:
+        try:
+            differing = differences(known, to_dict(config))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path / CONFIG} is no config ({error}); pass --overwrite or another --run-dir") from error
+    length_alone = [text.partition(":")[0] for text in differing] == ["epochs"]
+    if finished and not (length_alone and config.resume != "never"):
+        raise UserError(f"{path} holds a finished run; pass --overwrite or another --run-dir")
+    if known is None:
+        foreign = next((name for name in OWN_NAMES if _has(path / name)), None)
+        if foreign:
+            raise UserError(f"{path} holds {foreign} but no {CONFIG}; pass --overwrite or another --run-dir")
+        return "fresh"
     if config.resume == "never":
         raise UserError(f"{path} holds an unfinished run; pass --resume auto, --overwrite or another --run-dir")
-    try:
-        differing = differences(dict(json.loads(written)), to_dict(config))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{config_path} is no config ({error}); pass --overwrite or another --run-dir") from error
-    if differing:
+    if differing and not length_alone:
         raise UserError(
             f"{path} was started with another config ({'; '.join(differing)}); "
             "give the same one, --overwrite or another --run-dir"
         )
     return "resume"
+
+
+def _known_config(path: Path) -> dict[str, Any] | None:
+    """The config.json in a run's folder, None if there is none; `UserError` where it can't be read, or is no config."""
+    if not _has(path / CONFIG):
+        return None
+    try:
+        return dict(json.loads((path / CONFIG).read_bytes()))
+    except OSError as error:
+        raise UserError(f"{path / CONFIG} can't be read ({error.strerror}); choose another --run-dir") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path / CONFIG} is no config ({error}); pass --overwrite or another --run-dir") from error
+
+
+def _has(path: Path) -> bool:
+    """Whether there is an entry of that name, be it a link to nowhere; `UserError` where that can't be told."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); choose another --run-dir") from error
+    return True

@@ -1,5 +1,6 @@
 """One update of a run, and the state that it moves: method, optimizer, loss scaler, position."""
 
+import dataclasses
 import math
 import signal
 from collections.abc import Iterator
@@ -11,17 +12,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dist_contrastive import distributed, liveness, rng, schedules
-from dist_contrastive.batch import Batch
+from dist_contrastive import distributed, liveness, rng
+from dist_contrastive.atomic import writing
+from dist_contrastive.batch import Batch, balanced_slices
 from dist_contrastive.checkpoint import Checkpoint, CheckpointStore, load_module, load_optimizer, optimizer_tensors
 from dist_contrastive.config import TrainConfig, UserError, require, to_dict
 from dist_contrastive.data.augment import Augment
-from dist_contrastive.large_batch import LargeBatch
+from dist_contrastive.large_batch import LargeBatch, split
 from dist_contrastive.launch import precision_of
 from dist_contrastive.memory_plan import MemoryPlan, make_plan
 from dist_contrastive.methods import Method, method_of
 from dist_contrastive.models.encoders import build_encoder
-from dist_contrastive.optim import build_optimizer, peak_learning_rate
+from dist_contrastive.optim import build_optimizer, learning_rate, peak_learning_rate
 
 # A loss scaler that had to go below this no longer helps: the gradients themselves are not finite.
 SMALLEST_LOSS_SCALE = 1.0
@@ -93,6 +95,15 @@ class Trainer:
         """The command that continues this run, in words."""
         return "the same command without --overwrite" if self.config.overwrite else "the same command"
 
+    def goes_on(self) -> str:
+        """What that command does if the run stops here, without another checkpoint."""
+        kept = self.store.steps()
+        return f"{self.resume_hint} {f'goes on from step {kept[-1]}' if kept else 'starts over'}"
+
+    def interrupt(self) -> None:
+        """Let all ranks stop after the next update, as a signal does."""
+        self._interrupted = True
+
     @property
     def step_in_epoch(self) -> int:
         return self.step % self.steps_per_epoch
@@ -125,16 +136,17 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         """Of the update that follows `step` others."""
-        warmup_steps = round(self.config.optim.warmup_epochs * self.steps_per_epoch)
-        return schedules.learning_rate(step, self.total_steps, warmup_steps, self.peak_learning_rate)
+        return learning_rate(self.config, self.steps_per_epoch, step)
 
-    def planned_schedules(self) -> dict[str, list[float]]:
+    def planned_schedules(self, epochs: int | None = None) -> dict[str, list[float]]:
         """What each update of the whole run is to use, the first to the last: `learning_rate`, and where there is a teacher
-        `teacher_momentum`."""
-        steps = range(1, self.total_steps + 1)
-        momenta = [self.method.teacher_momentum(step / self.total_steps) for step in steps]
+        `teacher_momentum`; if the run had so many epochs."""
+        config = dataclasses.replace(self.config, epochs=epochs or self.config.epochs)
+        total_steps = config.epochs * self.steps_per_epoch
+        steps = range(1, total_steps + 1)
+        momenta = [self.method.teacher_momentum(step / total_steps) for step in steps]
         return {
-            "learning_rate": [self.learning_rate(step - 1) for step in steps],
+            "learning_rate": [learning_rate(config, self.steps_per_epoch, step - 1) for step in steps],
             **({"teacher_momentum": known} if (known := [m for m in momenta if m is not None]) else {}),
         }
 
@@ -186,7 +198,7 @@ class Trainer:
         """Within the context SIGINT, SIGTERM and SIGUSR1 end the run after the current update; a second one at once."""
 
         def on_signal(number: int, frame: FrameType | None) -> None:
-            self._interrupted = True
+            self.interrupt()
             for handled, handler in previous.items():
                 signal.signal(handled, handler)
 
@@ -220,21 +232,18 @@ class Trainer:
                 "scaler": scaler.state_dict() if scaler else None,
                 "extra": extra,
             }
-            try:
+            with writing(f"{self.store.path(self.step)}, the checkpoint of step {self.step},", self.goes_on):
                 self.store.save(self.step, {"model": self.method.state_dict(), "optimizer": optimizer}, state)
-            except OSError as error:
-                kept = self.store.steps()
-                last = f"goes on from step {kept[-1]}" if kept else "starts over"
-                raise UserError(
-                    f"the checkpoint of step {self.step} can't be written to {self.store.root} ({error.strerror}); "
-                    f"make room, then {self.resume_hint} {last}"
-                ) from error
 
         distributed.together(lambda: write() if distributed.is_main() else None)
 
     def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Take over a checkpoint's state; returns its `extra`. All ranks call it with the same checkpoint."""
+        """Take over a checkpoint's state; returns its `extra`. All ranks call it with the same checkpoint.
+
+        `UserError`, and nothing is taken over, where its steps are not those that this run would have done.
+        """
         state = checkpoint.state
+        self._check_course(state["config"]["epochs"], state["step"])
         require(
             state["dataset_sha256"] == self._dataset_sha256,
             f"{checkpoint.path} was trained on another dataset than {self.config.data.path}; give the same file",
@@ -254,3 +263,48 @@ class Trainer:
         self.step = state["step"]
         extra: dict[str, Any] = state["extra"]
         return extra
+
+    def _check_course(self, epochs: int, step: int) -> None:
+        """`UserError` unless `step` steps of a run of so many epochs are the first ones of this run, bit for bit."""
+        if epochs == self.config.epochs:
+            return
+        before, now = self.planned_schedules(epochs), self.planned_schedules()
+        changed = [name.replace("_", " ") for name in now if before[name][:step] != now[name][:step]]
+        reason = f"the {' and the '.join(changed)} of steps that are done would be another" if changed else ""
+        if step > self.total_steps:
+            reason = f"an epoch has {self.steps_per_epoch} steps"
+        require(
+            not reason,
+            f"{self.config.run_dir} has done {step} steps of a run of {epochs} epochs, which can't become one of "
+            f"{self.config.epochs}: {reason}; start over with --overwrite, or start a new run from its weights with --from "
+            f"{self.config.run_dir} --run-dir ANOTHER",
+        )
+
+    def normalization_change(self, ranks: int, micro: int) -> str:
+        """A line that says so where BatchNorm puts other samples together than on `ranks` ranks in micro-batches of `micro`;
+        empty where it does not, or where there is none."""
+
+        def groups(ranks: int, micro: int) -> set[tuple[int, ...]]:
+            """The samples of a global batch that share their statistics."""
+            rank_batch = self.config.batch.size // ranks
+            passes = [
+                range(part.start + cut.start, part.start + cut.stop)
+                for part in split(rank_batch, micro)
+                for cut in balanced_slices(part.stop - part.start, self.method.groups_of_norm(part.stop - part.start))
+            ]
+            of_ranks = [[tuple(rank * rank_batch + n for n in one) for one in passes] for rank in range(ranks)]
+            if self.config.encoder.norm == "sync":
+                return {sum(together, ()) for together in zip(*of_ranks, strict=True)}
+            return {one for of_rank in of_ranks for one in of_rank}
+
+        now_ranks, now_micro = distributed.world_size(), self.large_batch.micro
+        if self.config.encoder.norm == "group" or groups(ranks, micro) == groups(now_ranks, now_micro):
+            return ""
+        before, now = (
+            f"{number} rank(s), {f'micro-batches of {size}' if size else 'without micro-batches'}"
+            for number, size in ((ranks, micro), (now_ranks, now_micro))
+        )
+        return (
+            f"warning: BatchNorm now sees other groups of samples ({now}) than before ({before}), so the losses are no longer "
+            "those of the run as it was started; --encoder.norm group, or sync without micro-batches, does not depend on it"
+        )

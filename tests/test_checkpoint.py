@@ -9,7 +9,7 @@ import resource
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,15 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from dist_contrastive.checkpoint import CheckpointStore, load_module, load_optimizer, optimizer_tensors, save_module
+from dist_contrastive import __version__
+from dist_contrastive.checkpoint import (
+    FORMAT,
+    CheckpointStore,
+    load_module,
+    load_optimizer,
+    optimizer_tensors,
+    save_module,
+)
 from dist_contrastive.config import EncoderConfig, HeadConfig, OptimConfig, UserError
 from dist_contrastive.models.encoders import build_encoder
 from dist_contrastive.models.heads import build_head
@@ -176,7 +184,7 @@ def test_save_module_writes_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def assert_falls_back(store: CheckpointStore) -> None:
-    """The checkpoint of step 100 is used, and a one-line warning says why that of step 200 is not."""
+    """The checkpoint of step 100 is used, and a one-line warning says why that of step 200 is not, and no more."""
     with pytest.warns(UserWarning, match="skipping a bad checkpoint: .*step-00000200") as caught:
         found = store.newest()
     assert found is not None
@@ -184,6 +192,8 @@ def assert_falls_back(store: CheckpointStore) -> None:
     assert raw(found.tensors["model"]["weight"]) == raw(tensors(100)["model"]["weight"])
     assert len(caught) == 1
     assert "\n" not in str(caught[0].message)
+    assert "going on from step 100" in str(caught[0].message)
+    assert "delete" not in str(caught[0].message)
 
 
 @pytest.mark.parametrize("position", [0, 0.5, -1], ids=["first", "middle", "last"])
@@ -243,10 +253,105 @@ def test_none_at_all(tmp_path: Path, store: CheckpointStore) -> None:
     assert CheckpointStore(tmp_path / "nowhere", keep=2).newest() is None
     with pytest.raises(UserError, match=r"no checkpoint of step 5; it has \[100, 200\]"):
         store.load(5)
+    assert CheckpointStore(tmp_path, keep=2).newest() is None
+
+
+def refusal(store: CheckpointStore) -> str:
+    """The line with which no checkpoint is taken; nothing is changed by it."""
+    before = sorted(store.root.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        store.newest()
+    assert sorted(store.root.rglob("*")) == before
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "nothing was changed" in message
+    return message
+
+
+def lose_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def change_format(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({"format": 99, "versions": manifest["versions"]}))
+
+
+def fail_to_read(folder: Path) -> None:
+    # The one file of every Linux whose reading is an I/O error (EIO).
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("/proc/self/mem")
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lose_manifest, "is incomplete (manifest.json: No such file or directory)"),
+        (
+            change_format,
+            f"has format 99, and this version reads {FORMAT}: the version that wrote it ({__version__}) can",
+        ),
+        (fail_to_read, "can't be read (Input/output error)"),
+        (shutil.rmtree, "step-00000200.bak"),
+    ],
+)
+def test_where_none_can_be_read_none_is_taken_and_each_reason_is_named(
+    store: CheckpointStore, harm: Callable[[Path], None], reason: str
+) -> None:
+    shutil.copytree(store.path(200), store.root / "step-00000200.bak")
     for step in (100, 200):
-        (store.path(step) / "manifest.json").unlink()
-    with pytest.warns(UserWarning, match="skipping a bad checkpoint"):
-        assert store.newest() is None
+        harm(store.path(step))
+    message = refusal(store)
+    assert message.count(reason) == (1 if harm is shutil.rmtree else 2)
+    if harm is not shutil.rmtree:
+        assert str(store.path(100)) in message
+        assert str(store.path(200)) in message
+    assert "--overwrite" in message
+
+
+@pytest.mark.parametrize("name", ["set-aside-step-00000200", ".incomplete-replaced-step-00000200", "step-00000200"])
+def test_what_is_left_of_checkpoints_is_not_taken_for_none(tmp_path: Path, name: str) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    (tmp_path / name).mkdir()
+    assert name in refusal(store)
+
+
+@pytest.mark.parametrize("harm", [change_format, fail_to_read])
+def test_one_that_may_be_read_another_time_is_not_passed_over(
+    store: CheckpointStore, harm: Callable[[Path], None]
+) -> None:
+    harm(store.path(200))
+    assert "move step-00000200 elsewhere to go on from step 100" in refusal(store)
+    store.path(200).rename(store.root.parent / "elsewhere")
+    found = store.newest()
+    assert found is not None
+    assert found.step == 100
+
+
+def newest_as_nobody(rank: int, root: Path) -> str:
+    root.parent.chmod(0o755)
+    os.chdir(root.parent)  # the folders above it may be closed to others
+    if os.getuid() == 0:
+        os.setuid(65534)
+    try:
+        found = CheckpointStore(Path(root.name), keep=2).newest()
+    except UserError as error:
+        return str(error)
+    return str(found)
+
+
+def test_what_may_not_be_read_is_not_taken_for_none(store: CheckpointStore) -> None:
+    (store.path(200) / "state.json").chmod(0)
+    assert "state.json can't be read (Permission denied)" in run_ranks(newest_as_nobody, 1, store.root)[0]
+    store.root.chmod(0)
+    expected = "checkpoints can't be read (Permission denied); is its disk there?"
+    assert run_ranks(newest_as_nobody, 1, store.root) == [expected]
+
+
+def test_a_link_to_a_disk_that_is_not_there_is_not_taken_for_none(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "not mounted")
+    with pytest.raises(UserError, match="checkpoints can't be read"):
+        CheckpointStore(tmp_path / "checkpoints", keep=2).newest()
 
 
 # --- which ones stay --------------------------------------------------------------------------------------------------
@@ -270,11 +375,25 @@ def test_bad_ones_of_later_steps_do_not_push_out_good_ones(store: CheckpointStor
     assert store.load(100).step == 100
 
 
-def test_a_bad_one_is_written_again(store: CheckpointStore) -> None:
+def test_one_that_was_skipped_does_not_push_out_a_good_one(store: CheckpointStore) -> None:
     (store.path(200) / "manifest.json").unlink()
-    store.save(200, tensors(200), {"again": True})
-    assert store.load(200).state == {"again": True}
-    assert sorted(path.name for path in store.root.iterdir()) == ["step-00000100", "step-00000200"]
+    assert_falls_back(store)
+    store.save(300, tensors(300), {})
+    assert store.steps() == [100, 300]
+
+
+def test_bad_ones_are_set_aside_and_never_deleted(store: CheckpointStore) -> None:
+    model = (store.path(200) / "model.safetensors").read_bytes()
+    for number in (1, 2):
+        (store.path(200) / "manifest.json").unlink()
+        store.save(200, tensors(200), {"again": number})
+    assert store.load(200).state == {"again": 2}
+    for step in (300, 400):
+        store.save(step, tensors(step), {})
+    assert sorted(path.name for path in store.root.iterdir()) == [
+        "set-aside-step-00000200", "set-aside-step-00000200-2", "step-00000300", "step-00000400"
+    ]  # fmt: skip
+    assert (store.root / "set-aside-step-00000200" / "model.safetensors").read_bytes() == model
 
 
 def without_room(num_bytes: int) -> None:

@@ -16,7 +16,7 @@ from dist_contrastive.trainer import build_method
 # The command line. What is added or renamed here is added or renamed for everybody's scripts.
 OPTIONS = set(
     """
---help --run-dir --seed --epochs --resume --overwrite --no-overwrite --stop-after-steps --log-every
+--help --from --run-dir --seed --epochs --resume --overwrite --no-overwrite --stop-after-steps --log-every
 --method.projector.layers --method.projector.hidden-size --method.projector.output-size
 --method.projector.output-norm --method.projector.no-output-norm
 --data.path --data.image-size --data.eval-crop --data.threads --data.batches-ahead --data.timeout-s
@@ -26,6 +26,7 @@ OPTIONS = set(
 --encoder.name --encoder.stem --encoder.norm --encoder.dropout
 --batch.global --batch.micro --batch.memory-gib
 --optim.name --optim.learning-rate --optim.weight-decay --optim.momentum --optim.warmup-epochs --optim.clip-norm
+--optim.schedule --optim.decay-epochs
 --probe.enabled --probe.no-enabled --probe.every --probe.knn-k --probe.knn-temperature --probe.strengths --probe.holdout
 --checkpoint.every --checkpoint.keep
 --launch.ranks --launch.device --launch.precision --launch.timeout-minutes

@@ -1,14 +1,20 @@
 """The randomness and checkpoint contracts on whole runs: parity of world sizes, and resuming as if nothing had happened."""
 
+import contextlib
+import io
 import secrets
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dist_contrastive.config import ProbeConfig
+from dist_contrastive.config import BatchConfig, ProbeConfig, TrainConfig
+from dist_contrastive.methods import METHODS
+from dist_contrastive.run import train
+from dist_contrastive.trainer import Trainer
 from tests.harness import run_ranks
 from tests.runs import (
     STEPS_PER_EPOCH,
@@ -102,6 +108,62 @@ def test_two_ranks_go_on_from_one(dataset: Path, losses_at_one_rank: list[float]
     run_ranks(train_on_rank, 1, config)
     run_ranks(train_on_rank, 2, replace(config, stop_after_steps=20))
     np.testing.assert_allclose(losses_of(config.run_dir), losses_at_one_rank, rtol=0, atol=1e-4)
+
+
+def what_is_said(rank: int, config: TrainConfig) -> str:
+    """What a run prints, on one of several ranks."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        train(config)
+    return output.getvalue()
+
+
+WARNING = "warning: BatchNorm now sees other groups of samples"
+
+
+@pytest.mark.parametrize(
+    ("norm", "micro", "num_ranks", "warned"),
+    [
+        ("batch", 0, 2, True),
+        ("batch", 4, 1, True),
+        ("batch", 0, 1, False),
+        ("sync", 0, 2, False),
+        ("group", 4, 2, False),
+    ],
+)
+def test_a_resume_says_so_where_batch_norm_sees_other_samples_together(
+    norm: str, micro: int, num_ranks: int, warned: bool, dataset: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path / "run", dataset, norm=norm, stop_after_steps=1)
+    run_ranks(what_is_said, 1, config)
+    more = replace(config, stop_after_steps=2, batch=replace(config.batch, micro=micro))
+    said = run_ranks(what_is_said, num_ranks, more)
+    assert said[0].count(WARNING) == warned
+    assert not any(WARNING in other for other in said[1:])
+
+
+def trainer_groups(rank: int, name: str, norm: str, before: tuple[int, int], micro: int) -> bool:
+    """Whether a trainer on these ranks says that it puts other samples together than `before` (ranks, micro-batch)."""
+    config = tiny_config(Path("unused"), Path("unused"), norm=norm, batch=BatchConfig(size=16, micro=micro))
+    config = replace(config, method=METHODS[name].Config())
+    trainer = Trainer(config, Accelerator(cpu=True), steps_per_epoch=1, dataset_sha256="")
+    return WARNING in trainer.normalization_change(*before)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "before", "micro", "changed"),
+    [
+        ("simclr", "batch", (1, 8), 0, False),  # the same eight samples, in two passes or on two ranks
+        ("simclr", "sync", (1, 0), 4, True),
+        ("simclr", "sync", (2, 4), 4, False),
+        ("moco", "batch", (1, 8), 8, False),
+        ("moco", "sync", (1, 0), 0, True),  # it keeps groups of its own within a rank
+    ],
+)
+def test_which_samples_share_their_statistics(
+    name: str, norm: str, before: tuple[int, int], micro: int, changed: bool
+) -> None:
+    assert run_ranks(trainer_groups, 2, name, norm, before, micro) == [changed, changed]
 
 
 def test_an_altered_newest_checkpoint_makes_it_go_on_from_the_one_before(dataset: Path, tmp_path: Path) -> None:

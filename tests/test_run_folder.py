@@ -7,6 +7,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,9 @@ def open_once(path: Path, config: TrainConfig = CONFIG) -> str:
     """What a run that starts in the folder and ends at once finds."""
     folder = RunFolder(path)
     try:
-        return folder.open(config)
+        start = folder.open(config)
+        folder.claim(config)
+        return start
     finally:
         folder.close()
 
@@ -37,6 +40,7 @@ def error_of(path: Path, config: TrainConfig = CONFIG) -> str:
 def finish(path: Path) -> None:
     folder = RunFolder(path)
     folder.open(CONFIG)
+    folder.claim(CONFIG)
     folder.finish()
     folder.close()
 
@@ -78,6 +82,28 @@ def test_another_config_is_refused_with_the_fields_that_differ(tmp_path: Path) -
     assert f"batch.size: {CONFIG.batch.size} -> 64; seed: 0 -> 3" in message
     assert "--overwrite" in message
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("change", [{"overwrite": True}, {"log_every": CONFIG.log_every, "stop_after_steps": 3}])
+def test_nothing_is_changed_before_the_folder_is_claimed(tmp_path: Path, change: dict[str, Any]) -> None:
+    open_once(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("of the old run")
+    before = contents(tmp_path)
+    folder = RunFolder(tmp_path)
+    folder.open(replace(CONFIG, **change))
+    assert contents(tmp_path) == before
+    folder.close()
+
+
+def test_a_finished_run_may_be_given_other_epochs_and_is_unfinished_then(tmp_path: Path) -> None:
+    finish(tmp_path)
+    longer = replace(CONFIG, epochs=CONFIG.epochs + 1)
+    assert "finished run" in error_of(tmp_path, replace(longer, resume="never"))
+    assert "finished run" in error_of(tmp_path, replace(longer, seed=3))
+    assert (tmp_path / "DONE").exists()
+    assert open_once(tmp_path, longer) == "resume"
+    assert not (tmp_path / "DONE").exists()
+    assert json.loads((tmp_path / "config.json").read_text())["epochs"] == longer.epochs
 
 
 def test_resume_never_refuses_an_unfinished_run(tmp_path: Path) -> None:
@@ -140,6 +166,7 @@ def hold(path: str, pipe: Connection) -> None:
     """Another run: open the folder, say so, and hold it until told to end."""
     folder = RunFolder(Path(path))
     folder.open(CONFIG)
+    folder.claim(CONFIG)
     pipe.send(os.getpid())
     pipe.recv()
 
@@ -190,15 +217,49 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
     assert run_ranks(open_as_nobody, 1, tmp_path) == [expected]
 
 
-def open_without_room(rank: int, path: Path) -> str:
+def claim_without_room(rank: int, path: Path) -> str | None:
+    folder = RunFolder(path)
+    folder.open(CONFIG)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))  # writing fails as on a full disk
     try:
-        return RunFolder(path).open(CONFIG)
-    except UserError as error:
-        return str(error)
+        folder.claim(CONFIG)
+    except OSError as error:
+        return error.strerror
+    return "claimed"
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    assert run_ranks(open_without_room, 1, tmp_path) == [f"{tmp_path}/config.json can't be written (File too large)"]
+    assert run_ranks(claim_without_room, 1, tmp_path) == ["File too large"]
     assert contents(tmp_path) == {}
     assert open_once(tmp_path) == "fresh"
+
+
+def errors_of_nobody(rank: int, path: Path) -> list[str]:
+    """What one who may not read the config.json nor empty the folder is told: on a resume, and on overwriting."""
+    os.chdir(path)
+    if os.getuid() == 0:
+        os.setuid(65534)
+    errors = []
+    for config in (CONFIG, replace(CONFIG, overwrite=True)):
+        folder = RunFolder(Path())
+        try:
+            folder.open(config)
+            folder.claim(config)
+        except UserError as error:
+            errors.append(str(error))
+        folder.close()
+    return errors
+
+
+def test_files_of_another_user(tmp_path: Path) -> None:
+    open_once(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "config.json").chmod(0)
+    (tmp_path / ".lock").chmod(0o666)
+    (tmp_path / "checkpoints").chmod(0o555)
+    tmp_path.chmod(0o777)
+    (errors,) = run_ranks(errors_of_nobody, 1, tmp_path)
+    assert len(errors) == 2
+    assert errors[0] == "config.json can't be read (Permission denied); choose another --run-dir"
+    assert "can't be deleted (Permission denied); choose another --run-dir" in errors[1]
+    assert (tmp_path / "checkpoints" / "step-00000001").exists()

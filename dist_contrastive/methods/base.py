@@ -89,6 +89,10 @@ class Method(nn.Module, ABC):
             report["effective_rank"] = effective_rank(distributed.all_gather(z[:, :num_samples].flatten(0, -2)))
         return report
 
+    def groups_of_norm(self, num_samples: int) -> int:
+        """In how many groups BatchNorm sees the samples of a forward pass of `num_samples`."""
+        return 1
+
     def after_step(self, progress: float, embeddings: Embeddings) -> None:
         """Move teachers and queues after an optimizer update.
 

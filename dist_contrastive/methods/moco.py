@@ -109,9 +109,13 @@ class MoCo(Method):
         return {"k": key[None]}
 
     def _groups(self, batch: Batch) -> list[slice]:
-        """Slices over the samples: `norm_groups` of them, or fewer, so that each has at least two."""
+        """Slices over the samples."""
         num_samples = len(batch.labels)
-        return balanced_slices(num_samples, max(1, min(self.norm_groups, num_samples // 2)))
+        return balanced_slices(num_samples, self.groups_of_norm(num_samples))
+
+    def groups_of_norm(self, num_samples: int) -> int:
+        """`norm_groups`, or fewer, so that each has at least two samples."""
+        return max(1, min(self.norm_groups, num_samples // 2))
 
     def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
         loss = queue_nce(embeddings["q"][0], embeddings["k"][0], self.queue, temperature=self.config.temperature)

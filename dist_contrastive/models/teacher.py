@@ -23,6 +23,10 @@ class Teacher(nn.Module):
         output: Tensor = self.module(*inputs)
         return output
 
+    def copy(self, student: nn.Module) -> None:
+        """The teacher is the student, running statistics included, as at the start."""
+        self.module.load_state_dict(student.state_dict())
+
     @torch.no_grad()
     def follow(self, student: nn.Module, momentum: float) -> None:
         """teacher = momentum · teacher + (1 - momentum) · student, for parameters; in float32, in place."""
