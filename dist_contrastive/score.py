@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dist_contrastive.atomic import write_atomic
+from dist_contrastive.atomic import write_atomic, writing
 from dist_contrastive.batch import steps_per_epoch
 from dist_contrastive.checkpoint import CheckpointStore, Tensors, load_module
 from dist_contrastive.config import TrainConfig, UserError, require
@@ -109,8 +109,9 @@ def probe(
         scores = runner.summary(baselines, [entry])
     else:
         scores = {**entry, **baselines, "dataset": str(dataset.path), "protocol": runner.protocol()}
-    path.parent.mkdir(exist_ok=True)
-    write_atomic(path, json.dumps(scores, indent=1).encode())
+    with writing(path, lambda: "the same command scores it again"):
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, json.dumps(scores, indent=1).encode())
     print_scores(scores)
     print(f"written to {path}{'; report.html was made before and has no scores' if is_result else ''}")
     return scores
