@@ -170,11 +170,82 @@ def test_cmyk_palettes_and_16_bit_tiff_become_rgb(tmp_path: Path) -> None:
     assert read_rgb(tmp_path / "x.tiff").getpixel((0, 0)) == (128, 128, 128)
 
 
-def test_exif_orientation_turns_the_image_upright(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera lay on its side: rotate by 270 degrees
-    Image.fromarray(picture(20, 30, 0)).save(tmp_path / "x.jpg", exif=exif)
-    assert read_rgb(tmp_path / "x.jpg").size == (20, 30)
+def pnm(kind: str, maximum: int, values: np.ndarray) -> bytes:
+    """A portable pixmap of `values` [H, W] or [H, W, 3]: binary (P5, P6) or in words (P2)."""
+    header = f"{kind}\n{values.shape[1]} {values.shape[0]}\n{maximum}\n".encode()
+    if kind == "P2":
+        return header + " ".join(str(value) for value in values.ravel()).encode()
+    return header + values.astype(">u1" if maximum < 256 else ">u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "maximum", "value", "expected"),
+    [
+        ("P5", 65535, 25700, 100),
+        ("P2", 65535, 65535, 255),
+        ("P5", 1000, 500, 128),
+        ("P5", 255, 100, 100),
+        ("P6", 65535, 25700, 100),
+    ],
+)
+def test_portable_pixmaps_of_any_depth_become_rgb(
+    tmp_path: Path, kind: str, maximum: int, value: int, expected: int
+) -> None:
+    shape = (3, 5, 3) if kind == "P6" else (3, 5)
+    (tmp_path / "x.ppm").write_bytes(pnm(kind, maximum, np.full(shape, value)))
+    image = read_rgb(tmp_path / "x.ppm")
+    assert (image.mode, image.size) == ("RGB", (5, 3))
+    assert image.getpixel((2, 1)) == (expected, expected, expected)
+
+
+UPRIGHT = {
+    1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "mode"),
+    [("webp", {"lossless": True}, "RGB")]
+    + [("png", {}, mode) for mode in ("RGB", "L", "I;16", "P", "LA", "RGBA", "1")]
+    + [("tiff", {}, mode) for mode in ("RGB", "L", "I;16", "CMYK", "P", "LA", "RGBA", "1")]
+    + [("tiff", {"compression": "tiff_lzw"}, mode) for mode in ("RGB", "I;16", "CMYK")],
+)
+def test_exif_orientation_turns_the_image_upright(
+    tmp_path: Path, suffix: str, options: dict[str, object], mode: str
+) -> None:
+    grey = np.arange(24, dtype=np.uint8).reshape(6, 4) * 10
+    image = {
+        "I;16": lambda: Image.fromarray(grey.astype(np.uint16) * 257),
+        "CMYK": lambda: Image.fromarray(np.stack([grey] * 4, axis=-1), "CMYK"),
+    }.get(mode, lambda: Image.fromarray(grey).convert(mode))()
+    image.save(tmp_path / "plain", suffix, **options)
+    plain = read_rgb(tmp_path / "plain")
+    for orientation, turn in UPRIGHT.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation  # how the camera lay
+        image.save(tmp_path / "turned", suffix, exif=exif, **options)
+        expected = plain if turn is None else plain.transpose(turn)
+        assert np.array_equal(np.asarray(read_rgb(tmp_path / "turned")), np.asarray(expected)), orientation
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "tiff", "png"])
+def test_of_several_frames_the_first_is_taken(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (4, 6), (level,) * 3) for level in (100, 1)]
+    options = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(tmp_path / "x", suffix, save_all=True, append_images=frames[1:], **options)
+    assert read_rgb(tmp_path / "x").getpixel((1, 1)) == (100, 100, 100)
+
+
+def test_a_colour_that_is_declared_transparent_becomes_white(tmp_path: Path) -> None:
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.save(tmp_path / "bytes.png", transparency=bytes([255, 0]))
+    palette.save(tmp_path / "other.png", transparency=bytes([0, 255]))
+    Image.new("I;16", (4, 4), 25700).save(tmp_path / "deep.png", transparency=25700)
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "colour.png", transparency=(1, 2, 3))
+    found = [read_rgb(tmp_path / f"{name}.png").getpixel((0, 0)) for name in ("bytes", "other", "deep", "colour")]
+    assert found == [(255, 255, 255), (10, 20, 30), (255, 255, 255), (255, 255, 255)]
 
 
 def truncated_jpeg(path: Path) -> None:

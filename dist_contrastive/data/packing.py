@@ -77,9 +77,11 @@ def read_rgb(path: Path) -> Image.Image:
     try:
         if path.stat().st_size == 0:
             raise BadImageError("empty file")
-        with Image.open(path, formats=FORMATS) as opened:
-            opened.load()
-            return to_rgb(ImageOps.exif_transpose(opened))
+        # From a file object: what is opened by name is mapped into memory, where Pillow 13 reads an uncompressed TIFF that
+        # lies on its side with width and height exchanged.
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as opened:
+            file_format = opened.format
+            return to_rgb(ImageOps.exif_transpose(opened), file_format)
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
@@ -91,16 +93,20 @@ def read_rgb(path: Path) -> Image.Image:
         raise BadImageError(f"unreadable: {' '.join(reason.split())}") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """`image` as 8-bit RGB, as the head of this file says. Raises `BadImageError` where its range is unknown."""
+def to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
+    """`image` as 8-bit RGB, as the head of this file says; `file_format` is that of its file, which copies forget.
+
+    Raises `BadImageError` where its range is unknown.
+    """
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     # Pillow gives 16-bit grey as I;16, or as I where the format knows no wider integers.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        values[values == image.info.get("transparency")] = 65535  # the one value that a PNG may declare transparent
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise BadImageError("32-bit pixels have no fixed range; convert it to 8 or 16 bits")
+        raise BadImageError("pixels of 32 bits (or with a sign) have no fixed range; convert it to 8 or 16 bits")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
