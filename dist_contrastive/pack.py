@@ -1,12 +1,21 @@
 """`python -m dist_contrastive.pack SOURCE OUT.beton`: pack images into one file that the loader reads.
 
-SOURCE is `photos` (patches of photographs that come with the installed packages; no network), `cifar10` (downloaded once,
-or taken from `cifar10:DIR`) or `folder:DIR` (class folders of images). The dataset is OUT.beton with its checksum and its
-statistics in OUT.beton.json; one that exists is replaced.
+SOURCE is one of
+
+- `photos`: patches of photographs that come with the installed packages; no network;
+- `cifar10`: downloaded once, or taken from `cifar10:DIR`;
+- `folder:DIR`: a folder of images as it is found: DIR/<class>/..., splits (DIR/train/<class>/... beside DIR/test/... or
+  DIR/val/..., in any case and spelling), or images without labels in DIR or in its splits; what is not clear is refused;
+- `classes:DIR`: each folder in DIR is a class, whatever it is called;
+- `images:DIR`: all images below DIR, without labels, whatever the folders.
+
+The dataset is OUT.beton with its checksum and its statistics in OUT.beton.json; one that exists is replaced. The last
+line says where the test split comes from.
 
     python -m dist_contrastive.pack photos data/photos.beton
     python -m dist_contrastive.pack cifar10:path/to/download data/cifar10.beton
     python -m dist_contrastive.pack folder:path/to/images data/mine.beton --max-side 256
+    python -m dist_contrastive.pack images:path/to/images data/unlabelled.beton
 """
 
 import signal
@@ -22,10 +31,12 @@ from tyro.conf import Positional
 
 from dist_contrastive.cli import main_guard, parse
 from dist_contrastive.config import require
-from dist_contrastive.data.format import LARGEST_SIDE, MAX_BAD, MAX_SIDE, QUALITY
-from dist_contrastive.data.spec import read_spec
+from dist_contrastive.data.format import LARGEST_SIDE, MAX_BAD, MAX_SIDE, QUALITY, Manifest, manifest_path
+from dist_contrastive.data.spec import FOLDER_KINDS, read_spec
 
 PROG = "python -m dist_contrastive.pack"
+NUM_LISTED = 20
+"""Lines about what was left out; the manifest has all of it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,8 @@ class PackConfig:
     """Pack images into one file that the loader reads."""
 
     source: Positional[str] = "photos"
-    """photos | cifar10[:DIR] | folder:DIR, with DIR/<class>/... or DIR/train/<class>/... and DIR/test/<class>/..."""
+    """photos | cifar10[:DIR] | folder:DIR (DIR/<class>/..., DIR/train/<class>/... and DIR/test/<class>/..., or images without
+    labels) | classes:DIR (each folder in DIR is a class) | images:DIR (all images below DIR, without labels)"""
     out: Positional[Path | None] = None
     """The dataset to write, *.beton (data/photos.beton, data/cifar10.beton if none is given)."""
     quality: int = QUALITY
@@ -41,7 +53,8 @@ class PackConfig:
     max_side: int = MAX_SIDE
     """Images whose longest side has more pixels are reduced to it."""
     max_bad: int = MAX_BAD
-    """How many images may be left out because they can't be read; with more, nothing is written."""
+    """How many images may be left out because they can't be read; with more, nothing is written. Other files (captions,
+    lists) do not count."""
     workers: int = 0
     """Threads that decode; 0 takes one for each usable core."""
 
@@ -58,7 +71,7 @@ class PackConfig:
     def out_path(self) -> Path:
         kind = self.source.partition(":")[0]
         if self.out is None:
-            require(kind != "folder", f"where to? give the file to write: {PROG} {self.source} OUT.beton")
+            require(kind not in FOLDER_KINDS, f"where to? give the file to write: {PROG} {self.source} OUT.beton")
             return Path(f"data/{kind}.beton")
         return self.out
 
@@ -83,13 +96,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             source, config.out_path, quality=config.quality, max_side=config.max_side, max_bad=config.max_bad,
             workers=config.workers, on_sample=lambda: progress.advance(task),
         )  # fmt: skip
-    for bad in manifest.left_out:
+    for bad in manifest.left_out[:NUM_LISTED]:
         print(f"left out: {bad.name}: {bad.reason}", file=sys.stderr)
-    print(
-        f"{config.out_path}: {manifest.num_samples} samples ({manifest.num_train} to train, {manifest.num_test} to test), "
-        f"{len(manifest.classes)} classes, {len(manifest.left_out)} left out, {manifest.num_bytes / 1e6:.1f} MB, "
-        f"{time.monotonic() - start:.1f} s"
-    )
+    if len(manifest.left_out) > NUM_LISTED:
+        print(
+            f"left out: {len(manifest.left_out) - NUM_LISTED} more, see {manifest_path(config.out_path)}",
+            file=sys.stderr,
+        )
+    print(describe(manifest, config.out_path, time.monotonic() - start))
+
+
+def describe(manifest: Manifest, out: Path, seconds: float) -> str:
+    """What was packed, in a few lines; the last one says where the splits come from."""
+    labels = f"{len(manifest.classes)} classes" if manifest.classes else "no labels"
+    lines = [
+        f"{out}: {manifest.num_samples} samples ({manifest.num_train} to train, {manifest.num_test} to test), {labels}, "
+        f"{len(manifest.left_out)} left out, {manifest.num_bytes / 1e6:.1f} MB, {seconds:.1f} s",
+        f"split: {manifest.split}",
+    ]
+    if manifest.not_images:
+        suffixes = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in manifest.not_images.items())
+        lines.insert(0, f"passed over, not an image: {sum(manifest.not_images.values())} files ({suffixes})")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

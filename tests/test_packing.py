@@ -9,15 +9,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ffcv
 import ffcv.reader
 import numpy as np
 import pytest
+from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder
 from PIL import Image
 
 from dist_contrastive.cli import parse
 from dist_contrastive.config import DataConfig, UserError
 from dist_contrastive.data.beton import Dataset, open_dataset
-from dist_contrastive.data.format import TEST, TRAIN, manifest_path
+from dist_contrastive.data.format import NO_LABEL, TEST, TRAIN, manifest_path
 from dist_contrastive.data.loader import eval_pass
 from dist_contrastive.data.packing import BadImageError, read_rgb, write_dataset
 from dist_contrastive.data.sources import Sample, Source, open_source
@@ -43,7 +45,7 @@ def array_source(*images: np.ndarray) -> Source:
     """Images in two classes, the last of them in the test split."""
     last = len(images) - 1
     samples = [Sample(f"image {n}", n % 2, TEST if n == last else TRAIN, image) for n, image in enumerate(images)]
-    return Source("arrays", ("even", "odd"), tuple(samples))
+    return Source("arrays", ("even", "odd"), tuple(samples), "the last one to test")
 
 
 def stored(dataset: Dataset, index: int) -> bytes:
@@ -290,13 +292,112 @@ def test_a_bad_file_has_a_reason(tmp_path: Path, kind: str) -> None:
 def test_bad_images_are_left_out_and_listed(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "images")
     good = pack_folder(folder, tmp_path / "good.beton")
-    (folder / "cat" / "notes.txt").write_text("notes")
+    (folder / "cat" / "notes.jpg").write_text("notes")
     truncated_jpeg(folder / "dog" / "broken.jpg")
     dataset = pack_folder(folder, tmp_path / "x.beton", max_bad=2)
     listed = {bad.name: bad.reason for bad in dataset.manifest.left_out}
-    assert set(listed) == {"cat/notes.txt", "dog/broken.jpg"}
+    assert set(listed) == {"cat/notes.jpg", "dog/broken.jpg"}
     assert "truncated" in listed["dog/broken.jpg"]
     assert dataset.num_samples == good.num_samples
+
+
+def test_what_never_was_an_image_is_counted_and_is_not_bad(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images")
+    (folder / "cat" / "0.txt").write_text("a caption")
+    (folder / "cat" / "1.TXT").touch()
+    (folder / "dog" / "Thumbs.db").write_bytes(bytes(100))
+    (folder / "dog" / "LICENSE").write_text("text")
+    (folder / "dog" / "gone.json").symlink_to("nowhere")
+    (folder / "dog" / "4").write_bytes((folder / "dog" / "3.png").read_bytes())  # an image without a suffix is one
+    dataset = pack_folder(folder, tmp_path / "x.beton", max_bad=0)
+    assert dataset.num_samples == 9
+    assert dataset.manifest.left_out == ()
+    assert dataset.manifest.not_images == {"": 1, ".db": 1, ".json": 1, ".txt": 2}
+
+
+def heic(path: Path) -> None:
+    path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder, name: (folder / f"{name}.txt").write_text("a caption"),
+        lambda folder, name: (folder / f"{name}b.jpg").touch(),
+        lambda folder, name: truncated_jpeg(folder / f"{name}b.jpg"),
+        lambda folder, name: heic(folder / f"{name}b.heic"),
+        lambda folder, name: (folder / f"{name}b.png").symlink_to("nowhere"),
+        lambda folder, name: (folder / f"{name}b.png").hardlink_to(folder / f"{name}.png"),
+    ],
+    ids=["captions", "empty", "truncated", "heic", "links to nowhere", "second names"],
+)
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_test_split_is_chosen_among_readable_images(
+    tmp_path: Path, write: Callable[[Path, str], object], labels: bool
+) -> None:
+    names = [f"class{number:02}" for number in range(12)]
+    for kind in ("plain", "mixed"):
+        for seed, name in enumerate(names):
+            folder = tmp_path / kind / name
+            folder.mkdir(parents=True)
+            for number in range(3):
+                Image.fromarray(picture(8, 8, 3 * seed + number)).save(folder / f"{number}.png")
+                if kind == "mixed":
+                    write(folder, str(number))
+    datasets = []
+    for kind in ("plain", "mixed"):
+        source = open_source(f"{'folder' if labels else 'images'}:{tmp_path / kind}")
+        for workers in (1, 3):
+            write_dataset(source, tmp_path / f"{kind}{workers}.beton", workers=workers)
+        datasets.append(open_dataset(tmp_path / f"{kind}1.beton"))
+        same = [(tmp_path / f"{kind}{workers}.beton").read_bytes() for workers in (1, 3)]
+        assert same[0] == same[1]
+    plain, mixed = datasets
+    if labels:
+        assert np.array_equal(np.sort(plain.labels[plain.indices(TEST)]), np.arange(12)), "every class has a test image"
+    assert np.array_equal(plain.splits, mixed.splits), "what is no image changes no choice"
+    assert (plain.manifest.num_train, plain.manifest.num_test) == (mixed.manifest.num_train, mixed.manifest.num_test)
+    assert plain.manifest.mean == mixed.manifest.mean
+
+
+def test_a_dataset_without_labels_opens_here_and_in_ffcv(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images", num=10)
+    write_dataset(open_source(f"images:{folder}"), tmp_path / "x.beton")
+    dataset = open_dataset(tmp_path / "x.beton")
+    assert dataset.manifest.classes == ()
+    assert not dataset.manifest.has_labels
+    assert set(dataset.labels) == {NO_LABEL}
+    assert (dataset.manifest.num_train, dataset.manifest.num_test) == (17, 3)
+    assert dataset.manifest.split.startswith("15 % of the images held out for test")
+    loader = ffcv.Loader(
+        str(dataset.path), batch_size=20, num_workers=1,
+        pipelines={"image": [CenterCropRGBImageDecoder((16, 16), 1.0)], "label": [IntDecoder()], "split": [IntDecoder()]},
+    )  # fmt: skip
+    ((images, labels, splits),) = list(loader)
+    assert images.shape == (20, 16, 16, 3)
+    assert set(labels.ravel()) == {NO_LABEL}
+    assert np.array_equal(splits.ravel(), dataset.splits)
+
+
+def test_a_manifest_of_an_older_version_opens(tmp_path: Path) -> None:
+    dataset = pack_folder(make_folder(tmp_path / "images"), tmp_path / "x.beton")
+    beside = manifest_path(dataset.path)
+    content = json.loads(beside.read_text())
+    del content["split"], content["not_images"]
+    beside.write_text(json.dumps(content))
+    assert open_dataset(dataset.path).manifest.has_labels
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_labels_of_no_class_are_refused(tmp_path: Path, label: int) -> None:
+    image = picture(8, 8, 0)
+    source = Source("x", ("a", "b"), tuple(Sample(str(n), n, TRAIN, image) for n in range(2)), "")
+    write_dataset(source, tmp_path / "x.beton")
+    content = json.loads(manifest_path(tmp_path / "x.beton").read_text())
+    content["classes"] = [] if label == -1 else ["a"]
+    manifest_path(tmp_path / "x.beton").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="belong to no class"):
+        open_dataset(tmp_path / "x.beton")
 
 
 def test_more_bad_images_than_allowed_write_nothing(tmp_path: Path) -> None:
@@ -324,12 +425,18 @@ def test_no_image_to_train_on_is_refused(tmp_path: Path) -> None:
     (folder / "test").mkdir()
     for name in ("cat", "dog"):
         (folder / name).rename(folder / "test" / name)
-    with pytest.raises(UserError, match="no class folders"):
+    with pytest.raises(UserError, match="no training split"):
         pack_folder(folder, tmp_path / "x.beton")
-    (folder / "train" / "cat").mkdir()
-    (folder / "train" / "cat" / "bad.jpg").touch()
+    for name in ("cat", "dog"):
+        (folder / "train" / name).mkdir()
+        (folder / "train" / name / "bad.jpg").touch()
     with pytest.raises(UserError, match="no readable image to train on"):
-        pack_folder(folder, tmp_path / "x.beton", max_bad=1)
+        pack_folder(folder, tmp_path / "x.beton", max_bad=2)
+    (folder / "train").rename(folder / "t")
+    (folder / "test").rename(folder / "train")
+    (folder / "t").rename(folder / "test")
+    with pytest.raises(UserError, match="no readable image to test on"):
+        pack_folder(folder, tmp_path / "x.beton", max_bad=2)
 
 
 def test_an_interruption_leaves_what_was_there_before(tmp_path: Path) -> None:
@@ -451,6 +558,7 @@ def test_a_dataset_that_is_not_what_was_packed_is_refused(
     [
         (["photos", "x.jpg"], r"ends in \.beton"),
         (["folder:images"], "where to"),
+        (["images:images"], "where to"),
         (["photos", "x.beton", "--quality", "0"], "--quality"),
         (["photos", "x.beton", "--max-side", "0"], "--max-side"),
         (["photos", "x.beton", "--max-bad", "-1"], "--max-bad"),
@@ -472,11 +580,39 @@ def test_the_place_follows_the_source_where_none_is_given() -> None:
 def test_the_command_packs_and_says_what(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_folder(tmp_path / "images")
     (folder / "cat" / "notes.txt").write_text("notes")
+    (folder / "cat" / "bad.png").write_text("notes")
+    (folder / "cat" / "up").symlink_to("..")
     main([f"folder:{folder}", str(tmp_path / "x.beton"), "--max-bad", "1"])
     output = capsys.readouterr()
-    assert "8 samples (6 to train, 2 to test), 2 classes, 1 left out" in output.out
-    assert output.err.splitlines() == ["left out: cat/notes.txt: not an image (JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM)"]
+    lines = output.out.splitlines()
+    assert lines[0] == "passed over, not an image: 1 files (1 .txt)"
+    assert "8 samples (6 to train, 2 to test), 2 classes, 2 left out" in lines[1]
+    assert lines[2] == "split: 15 % of each class held out for test by a hash of the path"
+    assert output.err.splitlines() == [
+        f"left out: cat/up: a link to {folder}, whose images have their place there",
+        "left out: cat/bad.png: not an image (JPEG, PNG, WEBP, BMP, GIF, TIFF, PPM)",
+    ]
     assert open_dataset(tmp_path / "x.beton").num_samples == 8
+
+
+def test_the_command_lists_a_bounded_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path / "images")
+    for number in range(30):
+        (folder / "cat" / f"bad{number}.png").touch()
+    main([f"images:{folder}", str(tmp_path / "x.beton")])
+    output = capsys.readouterr()
+    assert "no labels, 30 left out" in output.out
+    errors = output.err.splitlines()
+    assert len(errors) == 21
+    assert errors[-1] == f"left out: 10 more, see {tmp_path / 'x.beton.json'}"
+
+
+@pytest.mark.parametrize("form", ["photos", "cifar10[:DIR]", "folder:DIR", "classes:DIR", "images:DIR"])
+def test_help_names_the_forms_of_source(form: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_contrastive.pack", "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert form in done.stdout
 
 
 def test_missing_ffcv_ends_the_command_with_status_2_and_one_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sources: which samples they list, in which split, and what a user hears whose folder is not one."""
+"""Sources: which samples they list and in which split; folders have test_folders."""
 
 import hashlib
 import pickle
@@ -13,23 +13,7 @@ from torchvision.datasets import CIFAR10
 
 from dist_contrastive.config import UserError
 from dist_contrastive.data.format import TEST, TRAIN
-from dist_contrastive.data.sources import PATCH_SIDE, PHOTOS, TEST_SHARE, Sample, Source, open_source
-
-
-def make_files(folder: Path, *names: str) -> Path:
-    """Files that a source lists; it opens none of them."""
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"image")
-    return folder
-
-
-def folder_source(folder: Path) -> Source:
-    return open_source(f"folder:{folder}")
-
-
-def names(source: Source, split: int) -> list[str]:
-    return [sample.name for sample in source.samples if sample.split == split]
+from dist_contrastive.data.sources import PATCH_SIDE, PHOTOS, Sample, Source, open_source
 
 
 def pixels(sample: Sample) -> np.ndarray:
@@ -73,86 +57,6 @@ def test_photos_share_no_pixel_between_training_and_test(photos: Source) -> None
         assert not used[TRAIN][:, int(0.7 * photo.shape[1]) :].any()
 
 
-def test_a_folder_of_class_folders_sets_a_part_of_each_class_aside(tmp_path: Path) -> None:
-    make_files(tmp_path, *(f"{name}/{number}.jpg" for name in ("dog", "cat") for number in range(40)), "one/alone.jpg")
-    source = folder_source(tmp_path)
-    assert source.classes == ("cat", "dog", "one")
-    counts = Counter((sample.split, sample.label) for sample in source.samples)
-    num_test = round(TEST_SHARE * 40)
-    assert counts == {(TRAIN, 0): 40 - num_test, (TRAIN, 1): 40 - num_test, (TRAIN, 2): 1} | {
-        (TEST, 0): num_test, (TEST, 1): num_test,
-    }  # fmt: skip
-    assert len({sample.name for sample in source.samples}) == 81
-    assert all(sample.image == tmp_path / sample.name for sample in source.samples)
-    assert [sample.split for sample in source.samples] == sorted(sample.split for sample in source.samples)
-
-
-def test_a_folder_is_split_the_same_wherever_it_lies_and_whatever_is_beside(tmp_path: Path) -> None:
-    files = [f"{name}/{number}.jpg" for name in ("a", "b") for number in range(20)]
-    first = folder_source(make_files(tmp_path / "first", *files))
-    second = folder_source(make_files(tmp_path / "second", *reversed(files), "c/1.jpg", "c/2.jpg"))
-    of_a_and_b = [(sample.name, sample.split) for sample in second.samples if not sample.name.startswith("c/")]
-    assert [(sample.name, sample.split) for sample in first.samples] == of_a_and_b
-    # Written down, because a test split that changes between versions would leak into what was trained on.
-    assert names(first, TEST)[:3] == ["a/0.jpg", "a/19.jpg", "a/5.jpg"]
-
-
-@pytest.mark.parametrize("held_out", ["test", "val"])
-def test_a_folder_with_splits_keeps_them(tmp_path: Path, held_out: str) -> None:
-    make_files(tmp_path, "train/b/1.jpg", "train/a/1.jpg", f"{held_out}/a/2.jpg", f"{held_out}/c/3.jpg")
-    source = folder_source(tmp_path)
-    assert source.classes == ("a", "b", "c")
-    assert names(source, TRAIN) == ["train/a/1.jpg", "train/b/1.jpg"]
-    assert names(source, TEST) == [f"{held_out}/a/2.jpg", f"{held_out}/c/3.jpg"]
-    assert [sample.label for sample in source.samples] == [0, 1, 0, 2]
-    assert all(sample.image == tmp_path / sample.name for sample in source.samples)
-
-
-def test_val_serves_where_test_has_no_class_folders(tmp_path: Path) -> None:
-    make_files(tmp_path, "train/a/1.jpg", "train/b/1.jpg", "val/a/2.jpg", "test/unlabelled.jpg")
-    assert names(folder_source(tmp_path), TEST) == ["val/a/2.jpg"]
-
-
-def test_train_alone_is_split(tmp_path: Path) -> None:
-    make_files(tmp_path, *(f"train/{name}/{number}.jpg" for name in "ab" for number in range(4)))
-    source = folder_source(tmp_path)
-    assert source.classes == ("a", "b")
-    assert len(names(source, TEST)) == 2
-    assert all(sample.image == tmp_path / sample.name for sample in source.samples)
-
-
-def test_nested_files_count_and_hidden_ones_do_not(tmp_path: Path) -> None:
-    make_files(
-        tmp_path, "a/x/deep/1.jpg", "a/2.jpg", "b/3.jpg", "b/.DS_Store", ".git/config", "__MACOSX/b/3.jpg", "list.csv"
-    )
-    assert names(folder_source(tmp_path), TRAIN) + names(folder_source(tmp_path), TEST) == [
-        "a/x/deep/1.jpg", "b/3.jpg", "a/2.jpg",
-    ]  # fmt: skip
-
-
-def test_links_are_followed_but_not_in_a_circle(tmp_path: Path) -> None:
-    make_files(tmp_path, "data/a/1.jpg", "data/b/2.jpg", "elsewhere/3.jpg")
-    (tmp_path / "data/a/loop").symlink_to(tmp_path / "data/a")
-    (tmp_path / "data/b/link").symlink_to(tmp_path / "elsewhere")
-    source = folder_source(tmp_path / "data")
-    assert {sample.name for sample in source.samples} == {"a/1.jpg", "b/2.jpg", "b/link/3.jpg"}
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ([], "no class folders"),
-        (["1.jpg", "2.jpg"], "no class folders"),
-        (["train/1.jpg", "test/2.jpg"], "no class folders"),
-        (["a/1.jpg"], "one class only"),
-        (["a/1.jpg", "b/2.jpg", "c/.hidden"], r"/c holds no images"),
-    ],
-)
-def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path, files: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        folder_source(make_files(tmp_path, *files))
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -161,6 +65,8 @@ def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path, files: list[str]
         ("photos:here", "photos, cifar10"),
         ("folder", "photos, cifar10"),
         ("folder:", "no folder after the colon"),
+        ("images:", "no folder after the colon"),
+        ("classes", "photos, cifar10"),
         ("folder:/no/such/folder", "there is no folder"),
         (f"folder:{__file__}", "not a folder"),
         (str(Path(__file__).parent), "write folder:"),
@@ -199,7 +105,8 @@ def test_cifar10_is_read_where_it_lies(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_altered_cifar10_files_are_refused(tmp_path: Path) -> None:
-    make_files(tmp_path, f"{CIFAR10.base_folder}/data_batch_1")
+    (tmp_path / CIFAR10.base_folder).mkdir()
+    (tmp_path / CIFAR10.base_folder / "data_batch_1").write_bytes(b"altered")
     with pytest.raises(UserError, match="remove it"):
         open_source(f"cifar10:{tmp_path}")
 

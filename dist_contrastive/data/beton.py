@@ -8,6 +8,7 @@ that matches is refused, and every address is checked to lie inside the file bef
 
 import ctypes
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -18,7 +19,7 @@ import numba.typed
 import numpy as np
 
 from dist_contrastive.config import UserError, require
-from dist_contrastive.data.format import TEST, TRAIN, Manifest, find_manifest, pack_again
+from dist_contrastive.data.format import NO_LABEL, TEST, TRAIN, Manifest, find_manifest, pack_again
 
 DECODE_SYMBOL = "dist_contrastive_imdecode"
 
@@ -83,7 +84,7 @@ class Dataset:
     path: Path
     manifest: Manifest
     labels: np.ndarray
-    """int64 [N]"""
+    """int64 [N]: a class, or `NO_LABEL` for all"""
     splits: np.ndarray
     """int64 [N]: `TRAIN` or `TEST`"""
     file_bytes: np.ndarray
@@ -160,6 +161,7 @@ def open_dataset(path: Path, *, verify: bool = True) -> Dataset:
         widths=images["width"].astype(np.int32),
     )
     # Compiled code follows these without a check of its own.
+    first_label, num_labels = (0, len(manifest.classes)) if manifest.classes else (NO_LABEL, 1)
     raw_bytes = dataset.heights.astype(np.int64) * dataset.widths * 3
     in_file = (dataset.pointers >= 0) & (dataset.sizes > 0) & (dataset.pointers <= manifest.num_bytes - dataset.sizes)
     require(
@@ -167,7 +169,7 @@ def open_dataset(path: Path, *, verify: bool = True) -> Dataset:
             np.array_equal(reader.alloc_table["sample_id"], np.arange(len(labels)))
             and np.array_equal(reader.alloc_table["ptr"].astype(np.int64), dataset.pointers)
             and np.all(in_file & (raw_bytes > 0) & ((dataset.is_jpeg == 1) | (dataset.sizes == raw_bytes)))
-            and np.all((labels >= 0) & (labels < len(manifest.classes)))
+            and np.all((labels >= first_label) & (labels < first_label + num_labels))
         ),
         f"{path} has samples that lie outside the file or belong to no class; {again}",
     )
@@ -223,6 +225,11 @@ class BetonWriter:
         self._file.write(data)
         self._position += len(data)
         self.num_samples += 1
+
+    def hold_out(self, indices: Sequence[int]) -> None:
+        """Make the samples `indices` (in the order of the calls of `add`) the test split."""
+        for index in indices:
+            self._handlers[2].encode(self._columns[2][index : index + 1], TEST, None)
 
     def finish(self) -> None:
         """Write what FFCV reads first. Until then the file is not a `.beton` (its version is 0)."""

@@ -1,13 +1,16 @@
 """What a packed dataset is, as far as it is known without opening it: its splits, its manifest, how it is packed."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from dist_contrastive.config import UserError, require
 
 TRAIN, TEST = 0, 1
 """Values of the field `split`."""
+
+NO_LABEL = -1
+"""The label of every sample of a dataset without classes."""
 
 FORMAT = 1
 """The manifest's format; a file of another one has to be packed again."""
@@ -29,7 +32,7 @@ def manifest_path(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A bad image that is not in the dataset."""
+    """Something of the source that is not in the dataset: a bad image, or what is there under another name."""
 
     name: str
     """Its path, or its name within the source."""
@@ -44,7 +47,7 @@ class Manifest:
     num_train: int
     num_test: int
     classes: tuple[str, ...]
-    """Names of the classes; a label is a position here."""
+    """Names of the classes; a label is a position here. Empty where the samples have no labels."""
     num_jpeg: int
     """How many samples are JPEGs; the others are raw RGB."""
     smallest_width: int
@@ -62,6 +65,15 @@ class Manifest:
     sha256: str
     """Of the whole `.beton`, in hexadecimal."""
     format: int = FORMAT
+    split: str = ""
+    """Where the splits come from, in words; empty in a manifest of an older version."""
+    not_images: dict[str, int] = field(default_factory=dict)
+    """How many files of each suffix lay beside the images and are none."""
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the labels tell samples apart: one class is as good as none."""
+        return len(self.classes) > 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -84,10 +96,10 @@ class Manifest:
             raise UserError(f"{path} can't be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a manifest that pack wrote; {again}") from error
-        for field in fields(Manifest):
-            if field.type is int:
-                value = getattr(manifest, field.name)
-                require(type(value) is int and value >= 0, f"{path}: {field.name} is {value!r}; {again}")
+        for item in fields(Manifest):
+            if item.type is int:
+                value = getattr(manifest, item.name)
+                require(type(value) is int and value >= 0, f"{path}: {item.name} is {value!r}; {again}")
         return manifest
 
 

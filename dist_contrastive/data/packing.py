@@ -5,6 +5,9 @@ and listed. An image whose longest side is above `max_side` is reduced with anti
 where a JPEG would cost quality and save little; the others as a JPEG. So what the loader's decoder meets was
 written here, whatever the source held. The same source gives the same bytes at any number of workers.
 
+Where the source has no test split, a part of each class is held out once it is known which of its files are images: those
+whose paths have the smallest hashes, so that the choice changes neither with the machine nor with other classes.
+
 How colours become RGB: grey is repeated; CMYK is converted as Pillow does, without its colour profile; 16-bit grey is
 scaled to 8 bits (65535 becomes 255); transparency is laid over white. Of an animation the first frame is taken.
 """
@@ -14,12 +17,12 @@ import io
 import os
 import secrets
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -27,6 +30,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dist_contrastive.atomic import sync_folder, write_atomic
 from dist_contrastive.config import UserError, require
 from dist_contrastive.data.beton import PAGE_SIZE, BetonWriter
+from dist_contrastive.data.folders import IMAGE_SUFFIXES, TEST_SHARE
 from dist_contrastive.data.format import (
     MAX_BAD,
     MAX_SIDE,
@@ -57,6 +61,10 @@ class BadImageError(Exception):
     """An image that can't be packed; the text is the reason."""
 
 
+class NotAnImageError(BadImageError):
+    """A file that neither its bytes nor its name call an image, such as a caption: it is passed over and counted."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """An image as it is stored."""
@@ -65,18 +73,20 @@ class Encoded:
     is_jpeg: bool
     height: int
     width: int
-    histogram: np.ndarray
-    """int64 [3, 256]: pixels of each value, before JPEG compression."""
+    sums: np.ndarray
+    """int64 [3, 2]: each channel's values and their squares summed over the pixels, before JPEG compression."""
 
 
 def read_rgb(path: Path) -> Image.Image:
     """The image in a file: decoded in full, upright, 8-bit RGB.
 
-    Raises `BadImageError` where it can't be decoded or its pixels have no known range.
+    Raises `BadImageError` where it can't be decoded or its pixels have no known range, `NotAnImageError` where the file
+    never was an image.
     """
+    no_image = BadImageError if path.suffix.lower() in IMAGE_SUFFIXES else NotAnImageError
     try:
         if path.stat().st_size == 0:
-            raise BadImageError("empty file")
+            raise no_image("empty file")
         # From a file object: what is opened by name is mapped into memory, where Pillow 13 reads an uncompressed TIFF that
         # lies on its side with width and height exchanged.
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as opened:
@@ -85,7 +95,9 @@ def read_rgb(path: Path) -> Image.Image:
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
-        raise BadImageError(f"not an image ({', '.join(FORMATS)})") from error
+        raise no_image(f"not an image ({', '.join(FORMATS)})") from error
+    except FileNotFoundError as error:  # a link to nowhere
+        raise no_image(f"unreadable: {error.strerror}") from error
     except Image.DecompressionBombError as error:
         raise BadImageError(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from error
     except Exception as error:  # on damaged bytes Pillow's decoders raise whatever their parsing ran into
@@ -130,7 +142,8 @@ def encode(image: Image.Image, *, quality: int, max_side: int) -> Encoded:
     else:
         data = image.tobytes()
     histogram = np.array(image.histogram(), np.int64).reshape(3, 256)
-    return Encoded(data, is_jpeg, image.height, image.width, histogram)
+    values = np.arange(256)
+    return Encoded(data, is_jpeg, image.height, image.width, histogram @ np.stack([values, values**2], axis=1))
 
 
 def write_dataset(
@@ -146,15 +159,15 @@ def write_dataset(
     """Pack `source` into the file `out` with its manifest beside it; an older dataset there is replaced.
 
     `quality` is the JPEG quality in percent, `max_side` the longest side of a stored image in pixels, `max_bad` how many
-    images may be left out, `workers` the number of threads that decode (0: one for each usable core); `on_sample` is
-    called after each image.
+    images may be bad (files that never were images do not count), `workers` the number of threads that decode (0: one for
+    each usable core); `on_sample` is called after each image.
 
     The file is written under another name in the same folder, synced to disk and renamed; an interruption removes it.
     The old manifest goes before the rename and the new one comes after it, so that no manifest is ever beside a file
     that it does not describe.
 
-    Raises `UserError` where more than `max_bad` images are bad, a class or the training split ends up empty, `out` can't
-    be written, or FFCV is missing.
+    Raises `UserError` where more than `max_bad` images are bad, a class or a split ends up empty, `out` can't be written,
+    or FFCV is missing.
     """
     workers = workers or len(os.sched_getaffinity(0))
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.incomplete")  # two runs at once do not meet
@@ -191,43 +204,55 @@ def _write_file(
     on_sample: Callable[[], None] | None,
 ) -> Manifest:
     """Write the `.beton` file itself to `path`, which must not exist, and wait until the disk has it."""
-    left_out: list[LeftOut] = []
+    bad: list[LeftOut] = []
+    not_images: Counter[str] = Counter()
     first_bad: dict[int, LeftOut] = {}
-    histogram = np.zeros((2, 3, 256), np.int64)
-    per_class = np.zeros((2, len(source.classes)), np.int64)
+    capacity = len(source.samples)
+    packed: list[Sample] = []
+    sums, num_pixels = np.zeros((capacity, 3, 2), np.int64), np.zeros(capacity, np.int64)
     widths, heights = set(), set()
     num_jpeg = 0
     with open(path, "x+b") as file:
-        writer = BetonWriter(file, len(source.samples))
+        writer = BetonWriter(file, capacity)
         for sample, encoded in _encode_all(source, quality=quality, max_side=max_side, workers=workers):
             if isinstance(encoded, BadImageError):
-                left_out.append(LeftOut(sample.name, str(encoded)))
-                first_bad.setdefault(sample.label, left_out[-1])
-                if len(left_out) > max_bad:
-                    raise UserError(_too_many(left_out, max_bad))
+                found = LeftOut(sample.name, str(encoded))
+                first_bad.setdefault(sample.label, found)
+                if isinstance(encoded, NotAnImageError):
+                    not_images[PurePosixPath(sample.name).suffix.lower()] += 1
+                else:
+                    bad.append(found)
+                if len(bad) > max_bad:
+                    raise UserError(_too_many(bad, max_bad))
             else:
+                sums[len(packed)] = encoded.sums
+                num_pixels[len(packed)] = encoded.height * encoded.width
                 writer.add(
                     encoded.data, is_jpeg=encoded.is_jpeg, height=encoded.height, width=encoded.width,
-                    label=sample.label, split=sample.split,
+                    label=sample.label, split=TRAIN if sample.split is None else sample.split,
                 )  # fmt: skip
-                histogram[sample.split] += encoded.histogram
-                per_class[sample.split, sample.label] += 1
+                packed.append(sample)
                 widths.add(encoded.width)
                 heights.add(encoded.height)
                 num_jpeg += encoded.is_jpeg
             if on_sample is not None:
                 on_sample()
-        _check_classes(source, per_class, first_bad)
+        held_out = choose_test(packed)
+        writer.hold_out(held_out)
+        is_test = np.array([sample.split == TEST for sample in packed], bool)
+        is_test[held_out] = True
+        _check_samples(source, packed, is_test, first_bad)
         writer.finish()
         os.fsync(file.fileno())
         file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         num_bytes = file.seek(0, os.SEEK_END)
-    mean, std = _moments(histogram[TRAIN])
+    to_train = np.flatnonzero(~is_test)
+    mean, std = _moments(sums[to_train].sum(0), int(num_pixels[to_train].sum()))
     return Manifest(
-        num_samples=writer.num_samples,
-        num_train=int(per_class[TRAIN].sum()),
-        num_test=int(per_class[TEST].sum()),
+        num_samples=len(packed),
+        num_train=len(to_train),
+        num_test=int(is_test.sum()),
         classes=source.classes,
         num_jpeg=num_jpeg,
         smallest_width=min(widths),
@@ -237,10 +262,27 @@ def _write_file(
         mean=mean,
         std=std,
         source=source.spec,
-        left_out=tuple(left_out),
+        left_out=(*source.left_out, *bad),
         num_bytes=num_bytes,
         sha256=sha256,
+        split=source.split_note,
+        not_images=dict(sorted(not_images.items())),
     )
+
+
+def choose_test(samples: Sequence[Sample]) -> list[int]:
+    """Which of `samples` are held out for the test split, ascending: `TEST_SHARE` of each class (without labels: of all)
+    whose split is open, at least one where there are two. A function of the samples' keys alone."""
+    of_label: dict[int, list[tuple[bytes, int]]] = {}
+    for index, sample in enumerate(samples):
+        if sample.split is None:
+            digest = hashlib.sha256(os.fsencode(sample.key)).digest()
+            of_label.setdefault(sample.label, []).append((digest, index))
+    chosen: list[int] = []
+    for candidates in of_label.values():
+        num_test = min(max(1, round(TEST_SHARE * len(candidates))), len(candidates) - 1)
+        chosen += [index for _, index in sorted(candidates)[:num_test]]
+    return sorted(chosen)
 
 
 def _encode_all(
@@ -285,32 +327,35 @@ def _too_many(left_out: list[LeftOut], max_bad: int) -> str:
     return f"{count} can't be packed: {shown}{more}; repair or remove them, or allow more with --max-bad"
 
 
-def _check_classes(source: Source, per_class: np.ndarray, first_bad: dict[int, LeftOut]) -> None:
-    """Every class has an image and the training split is not empty; `per_class` is int64 [2, classes].
+def _check_samples(
+    source: Source, packed: Sequence[Sample], is_test: np.ndarray, first_bad: dict[int, LeftOut]
+) -> None:
+    """Every class has an image, and so has each split that the source has; `is_test` is bool [len(packed)].
 
     `first_bad` has a bad image of each class (by label) that has one.
     """
+    found = {sample.label for sample in packed}
     for label, name in enumerate(source.classes):
         bad = first_bad.get(label)
         example = f" ({bad.name}, {bad.reason})" if bad is not None else ""
-        require(
-            bool(per_class[:, label].any()),
-            f"class {name} of {source.spec} has no readable image{example}; repair or remove it",
-        )
+        require(label in found, f"class {name} of {source.spec} has no readable image{example}; repair or remove it")
     require(
-        bool(per_class[TRAIN].any()), f"{source.spec} has no readable image to train on; repair its training images"
+        not bool(is_test.all()),
+        f"{source.spec} has no readable image to train on ({source.split_note}); repair its training images",
+    )
+    require(
+        bool(is_test.any()) or all(sample.split != TEST for sample in source.samples),
+        f"{source.spec} has no readable image to test on ({source.split_note}); repair or remove its test images",
     )
 
 
-def _moments(histogram: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation of each channel, in units of the full range, from counts int64 [3, 256].
+def _moments(sums: np.ndarray, num_pixels: int) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation of each channel, in units of the full range, from the sums int64 [3, 2] over the pixels.
 
     The sums are exact integers: no order of summation changes the result.
     """
-    values = np.arange(256)
     mean, std = [], []
-    for counts in histogram:
-        total, first, second = int(counts.sum()), int(counts @ values), int(counts @ values**2)
-        mean.append(first / total / 255)
-        std.append((total * second - first**2) ** 0.5 / total / 255)
+    for first, second in sums.tolist():
+        mean.append(first / num_pixels / 255)
+        std.append((num_pixels * second - first**2) ** 0.5 / num_pixels / 255)
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])

@@ -1,14 +1,12 @@
-"""Where the images of a packed dataset come from: embedded photographs, CIFAR-10, or a folder of class folders.
+"""Where the images of a packed dataset come from: embedded photographs, CIFAR-10, or a folder of images.
 
-A source is the list of its samples in a fixed order, training samples first; the same source gives the same list on
-every machine. Images that lie in files are read later, one by one, by `packing`.
+A source is the list of its samples in a fixed order; the same source gives the same list on every machine. Images that
+lie in files are read later, one by one, by `packing`, which also chooses the test split where the source has none.
 """
 
-import hashlib
 import importlib.util
-import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +15,17 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from dist_contrastive import rng
-from dist_contrastive.config import UserError, require
-from dist_contrastive.data.format import TEST, TRAIN
+from dist_contrastive.config import UserError
+from dist_contrastive.data.folders import Layout, Tree, Walk, class_folders, files_of, no_labels, recognise
+from dist_contrastive.data.format import TEST, TRAIN, LeftOut
 from dist_contrastive.data.spec import read_spec
+
+LAYOUTS: dict[str, Callable[[Tree], Layout]] = {
+    "folder": recognise,
+    "classes": class_folders,
+    "images": no_labels,
+}
+"""What the sub-folders of DIR stand for, by the source's kind."""
 
 PATCH_SIDE = 32
 """Pixels."""
@@ -55,19 +61,19 @@ CIFAR10_ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 DOWNLOAD_TIMEOUT_S = 60.0
 """The longest wait for the next bytes of a download."""
 
-TEST_SHARE = 0.15
-"""Part of each class that becomes the test split of a folder without one."""
-
 
 @dataclass(frozen=True)
 class Sample:
     name: str
     """Unique within the source; of a file, its path within the folder."""
     label: int
-    split: int
-    """`TRAIN` or `TEST`"""
+    """Position of its class; `NO_LABEL` in a source without classes."""
+    split: int | None
+    """`TRAIN` or `TEST`; None where packing chooses, among the samples that turn out to be images."""
     image: np.ndarray | Path
     """uint8 [H, W, 3], or the file that holds the image."""
+    key: str = ""
+    """What the choice of the split depends on: the file's path within its class."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +81,23 @@ class Source:
     spec: str
     """As it was given: `photos`, `folder:DIR`, ..."""
     classes: tuple[str, ...]
+    """Empty without labels."""
     samples: tuple[Sample, ...]
+    split_note: str
+    """Where the splits come from, in words."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What is not among the samples because it is there under another name."""
 
 
 def open_source(spec: str) -> Source:
-    """The source that `spec` names: photos, cifar10, cifar10:DIR or folder:DIR.
+    """The source that `spec` names: photos, cifar10, cifar10:DIR, folder:DIR, classes:DIR or images:DIR.
 
     Raises `UserError` where it is none of these, or its images can't be found.
     """
     kind, folder = read_spec(spec)
     if kind == "photos":
         return open_photos()
-    return open_cifar10(spec, folder) if kind == "cifar10" else open_folder(spec, folder)
+    return open_cifar10(spec, folder) if kind == "cifar10" else open_folder(spec, folder, LAYOUTS[kind])
 
 
 def patch_positions(photo: int, split: int, height: int, width: int) -> np.ndarray:
@@ -111,7 +122,8 @@ def open_photos() -> Source:
         for label, (name, photo) in enumerate(zip(PHOTOS, photos, strict=True))
         for y, x in patch_positions(label, split, *photo.shape[:2])
     ]
-    return Source("photos", tuple(PHOTOS), tuple(samples))
+    note = f"the left {100 * TRAIN_WIDTH:g} % of each photograph to train, the rest to test"
+    return Source("photos", tuple(PHOTOS), tuple(samples), note)
 
 
 def _read_photo(name: str, place: str) -> np.ndarray:
@@ -157,91 +169,25 @@ def open_cifar10(spec: str, folder: Path) -> Source:
         for split, part in parts.items()
         for index, (image, label) in enumerate(zip(part.data, part.targets, strict=True))
     ]
-    return Source(spec, tuple(parts[TRAIN].classes), tuple(samples))
+    return Source(spec, tuple(parts[TRAIN].classes), tuple(samples), "CIFAR-10's own")
 
 
-def open_folder(spec: str, folder: Path) -> Source:
-    """Class folders of images: DIR/<class>/..., or DIR/train/<class>/... beside DIR/test/<class>/... or DIR/val/<class>/...
+def open_folder(spec: str, folder: Path, understand: Callable[[Tree], Layout]) -> Source:
+    """The images below `folder`; `understand` says what its sub-folders stand for.
 
-    A class is a folder's name; the classes are the sorted union over both splits. All files below a class folder count,
-    however deep (hidden ones do not). Of test and val, test is taken where it has class folders. Where there is neither,
-    `TEST_SHARE` of each class is set aside (at least one image of a class that has two), chosen by a hash of the file's
-    path within the class: the choice changes neither with the machine nor with other classes.
+    All files below a class folder count, however deep (hidden ones do not): which of them are images shows when they are
+    decoded. Where a folder brings no test split, packing holds a part out.
 
-    Raises `UserError` where there are fewer than two classes or an empty one.
+    Raises `UserError` where what the sub-folders stand for is not clear, or a file has its place in two of them.
     """
-    names = [entry.name for entry in _entries(folder) if entry.is_dir()]
-    has_split = "train" in names and ("test" in names or "val" in names or names == ["train"])
-    train_files = _class_files(folder / "train" if has_split else folder)
-    test_files: dict[str, list[str]] = {}
-    for name in ("test", "val") if has_split else ():
-        if not test_files and name in names:
-            test_files = _class_files(folder / name)
-            test_folder = name
-    classes = tuple(sorted({*train_files, *test_files}))
-    where = folder / "train" if has_split else folder
-    require(bool(train_files), f"{where} has no class folders; put the images into {where}/<class>/")
-    require(len(classes) > 1, f"{where} has one class only ({classes[0]}); a dataset needs two class folders or more")
-    for name in classes:
-        require(
-            bool(train_files.get(name) or test_files.get(name)),
-            f"{where / name} holds no images; fill it or remove it",
-        )
-
-    prefixes = {TRAIN: "train/" if has_split else "", TEST: f"{test_folder}/" if test_files else ""}
-    files = {TRAIN: train_files, TEST: test_files}
-    if not test_files:
-        prefixes[TEST] = prefixes[TRAIN]
-        held_out = {name: _held_out(paths) for name, paths in train_files.items()}
-        files = {
-            TRAIN: {
-                name: [path for path in paths if path not in held_out[name]] for name, paths in train_files.items()
-            },
-            TEST: {name: [path for path in paths if path in held_out[name]] for name, paths in train_files.items()},
-        }
+    walk = Walk(folder)
+    layout = understand(walk.tree)
+    parts, left_out = files_of(walk, layout)
+    order = {TRAIN: 0, None: 0, TEST: 1}
+    parts.sort(key=lambda found: (order[found[0].split], found[0].label))
     samples = [
-        Sample(f"{prefixes[split]}{name}/{path}", label, split, folder / prefixes[split] / name / path)
-        for split in (TRAIN, TEST)
-        for label, name in enumerate(classes)
-        for path in files[split].get(name, [])
+        Sample(f"{part.tree.name}/{path}".lstrip("/"), part.label, part.split, part.tree.path / path, path)
+        for part, paths in parts
+        for path in paths
     ]
-    return Source(spec, classes, tuple(samples))
-
-
-def _held_out(paths: list[str]) -> set[str]:
-    """The files of one class that make up its test split."""
-    num_test = min(max(1, round(TEST_SHARE * len(paths))), len(paths) - 1)
-    return set(sorted(paths, key=lambda path: hashlib.sha256(os.fsencode(path)).digest())[:num_test])
-
-
-def _class_files(folder: Path) -> dict[str, list[str]]:
-    """Each class folder's name with the sorted paths (relative, POSIX) of the files below it."""
-    found = {}
-    for entry in _entries(folder):
-        if entry.is_dir():
-            top = folder / entry.name
-            found[entry.name] = sorted(path.relative_to(top).as_posix() for path in _files(top, set()))
-    return found
-
-
-def _files(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """The regular files below `folder`; links are followed, folders in `seen` (device, inode) are not read again."""
-    status = folder.stat()
-    if (status.st_dev, status.st_ino) in seen:
-        return
-    seen.add((status.st_dev, status.st_ino))
-    for entry in _entries(folder):
-        if entry.is_dir():
-            yield from _files(folder / entry.name, seen)
-        elif entry.is_file() or entry.is_symlink():  # a dangling link is listed as unreadable; no pipes, no devices
-            yield folder / entry.name
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What lies in `folder`, by name, without hidden entries and what macOS packs beside the files."""
-    try:
-        with os.scandir(folder) as entries:
-            found = [entry for entry in entries if not entry.name.startswith(".") and entry.name != "__MACOSX"]
-    except OSError as error:
-        raise UserError(f"{folder} can't be listed: {error.strerror}") from error
-    return sorted(found, key=lambda entry: entry.name)
+    return Source(spec, layout.classes, tuple(samples), layout.note, tuple(left_out))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from dist_contrastive.config import UserError, require, user_path
 
-SOURCES = "photos, cifar10[:DIR] or folder:DIR"
+SOURCES = "photos, cifar10[:DIR], folder:DIR, classes:DIR or images:DIR"
+FOLDER_KINDS = ("folder", "classes", "images")
 CIFAR10_FOLDER = Path("data/cifar10-source")
 
 
@@ -18,9 +19,9 @@ def read_spec(spec: str) -> tuple[str, Path]:
     require(not colon or bool(name), f"source {spec!r} has no folder after the colon; give {SOURCES}")
     if kind == "cifar10":
         return kind, folder if name else CIFAR10_FOLDER
-    if kind == "folder" and colon:
+    if kind in FOLDER_KINDS and colon:
         require(folder.exists(), f"there is no folder {folder}; {SOURCES}")
-        require(folder.is_dir(), f"{folder} is not a folder; give folder:DIR with DIR/<class>/<images>")
+        require(folder.is_dir(), f"{folder} is not a folder; give {kind}:DIR with a folder of images")
         return kind, folder
     if kind == "photos" and not colon:
         return kind, folder
