@@ -45,8 +45,8 @@ def check_dataset(config: TrainConfig, manifest: Manifest) -> None:
         "most that, or 0",
     )
     require(
-        not config.method.needs_labels or len(manifest.classes) > 1,
-        f"{config.method.name} is to learn from labels, and {config.data.path} has none: all its samples are of one class",
+        not config.method.needs_labels or manifest.has_labels,
+        f"{config.method.name} is to learn from labels, and {config.data.path} {manifest.describe_labels()}",
     )
 
 

@@ -83,11 +83,29 @@ class TrainingProgress:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+NAMES = {
+    "linear_top1": "linear", "knn_top1": "kNN", "alignment": "alignment", "uniformity": "uniformity",
+    "effective_rank": "effective rank",
+}  # fmt: skip
+"""What scores are called, in the order in which they are shown."""
+
+
+def describe_scores(scores: Mapping[str, Any]) -> str:
+    """The scores of one probe in a line."""
+    return ", ".join(f"{text} {scores[name]:.3f}" for name, text in NAMES.items() if name in scores)
+
+
 def print_scores(probe: Mapping[str, Any]) -> None:
-    """The scores of a probe.json beside their baselines, as a table."""
-    table = Table(title="test images classified right (top-1)", title_justify="left")
-    for heading in ("", "this run", "untrained encoder", "raw pixels"):
+    """The scores of a probe.json beside their baselines, as a table; linear and kNN are fractions classified right (top-1)."""
+    table = Table(title="scores on the test images", title_justify="left")
+    columns = {"this run": "", "untrained encoder": "init_", "raw pixels": "raw_"}
+    shown = {name: text for name, text in NAMES.items() if name in probe}
+    columns = {heading: prefix for heading, prefix in columns.items() if any(prefix + name in probe for name in shown)}
+    for heading in ("", *columns):
         table.add_column(heading, justify="left" if not heading else "right")
-    for label, name in (("linear", "linear_top1"), (f"kNN, k = {probe['protocol']['knn_k']}", "knn_top1")):
-        table.add_row(label, *(f"{probe[f'{prefix}{name}']:.3f}" for prefix in ("", "init_", "raw_")))
+    k = probe["protocol"].get("knn_k")
+    for name, text in shown.items():
+        values = [probe.get(f"{prefix}{name}") for prefix in columns.values()]
+        label = f"{text}, k = {k}" if name == "knn_top1" else text
+        table.add_row(label, *("" if value is None else f"{value:.3f}" for value in values))
     Console().print(table)

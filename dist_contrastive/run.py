@@ -21,7 +21,7 @@ from dist_contrastive.evaluation.protocol import ProbeRunner
 from dist_contrastive.launch import connect, describe_machine
 from dist_contrastive.metrics import MetricsLog, StepTimer, TimeSplit
 from dist_contrastive.models.base import Encoder
-from dist_contrastive.progress import TrainingProgress, print_scores
+from dist_contrastive.progress import TrainingProgress, describe_scores, print_scores
 from dist_contrastive.report import write_report
 from dist_contrastive.report.collect import collect_report
 from dist_contrastive.run_folder import RunFolder
@@ -233,6 +233,10 @@ class Run:
             f"{config.batch.size}, learning rate {config.optim.learning_rate:g} per 256 samples = "
             f"{trainer.peak_learning_rate:g}; {config.epochs} epochs of {trainer.steps_per_epoch} steps"
         )
+        if self.probe and not self.probe.has_labels:
+            say(
+                f"{self.dataset.path} {self.dataset.manifest.describe_labels()}: no linear probe and no kNN, which need classes"
+            )
         for remark in preflight.remarks(config, self.dataset.manifest.num_train):
             say(remark)
         if start == "resume":
@@ -316,9 +320,7 @@ class Run:
                 self.metrics.write_probe(self.trainer.step, max(0, epochs_done - 1), result)
 
         self.write("probe.json", write)
-        self.progress.say(
-            f"probe after epoch {epochs_done}: linear {result['linear_top1']:.3f}, kNN {result['knn_top1']:.3f}"
-        )
+        self.progress.say(f"probe after epoch {epochs_done}: {describe_scores(result)}")
         self.times.lap("probes")
 
     def summary(self) -> dict[str, Any] | None:

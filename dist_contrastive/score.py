@@ -80,6 +80,10 @@ def probe(
     require(device_name != "cuda" or torch.cuda.is_available(), "--device cuda: torch sees no CUDA device here")
     device = torch.device("cuda" if device_name != "cpu" and torch.cuda.is_available() else "cpu")
     dataset = open_dataset(data or config.data.path)
+    require(
+        dataset.manifest.has_labels,
+        f"{dataset.path} {dataset.manifest.describe_labels()}, and probes need some: give a dataset that has with --data",
+    )
     transfers = dataset.manifest.sha256 != trained.dataset_sha256
     require(
         not transfers or data is not None,

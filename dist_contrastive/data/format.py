@@ -75,6 +75,10 @@ class Manifest:
         """Whether the labels tell samples apart: one class is as good as none."""
         return len(self.classes) > 1
 
+    def describe_labels(self) -> str:
+        """What to say of a dataset whose labels tell nothing apart."""
+        return f"has one class only ({self.classes[0]})" if self.classes else "has no labels"
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 

@@ -525,16 +525,57 @@ def eval_pass(
     The one view is the centred square of `eval_crop` of the shorter side, resized; an image that needs no resize is
     copied exactly.
     """
+
+    def boxes(samples: np.ndarray) -> np.ndarray:
+        return center_boxes(dataset, data.eval_crop, samples)
+
+    return _pass_in_order(
+        dataset, data, indices, boxes, num_views=1, batch_size=batch_size, threads=threads, pin_memory=pin_memory
+    )
+
+
+def view_pass(
+    dataset: Dataset,
+    data: DataConfig,
+    augment: AugmentConfig,
+    indices: np.ndarray,
+    *,
+    seed: int,
+    batch_size: int,
+    threads: int,
+    pin_memory: bool = False,
+) -> Epoch:
+    """One pass over the samples `indices` int64 [n] in their order, each with the V random crops that training would cut in
+    epoch 0; the last batch may be smaller."""
+
+    def boxes(samples: np.ndarray) -> np.ndarray:
+        return random_boxes(dataset, augment, seed=seed, epoch=0, samples=samples)
+
+    return _pass_in_order(
+        dataset, data, indices, boxes, num_views=augment.num_views, batch_size=batch_size, threads=threads,
+        pin_memory=pin_memory,
+    )  # fmt: skip
+
+
+def _pass_in_order(
+    dataset: Dataset,
+    data: DataConfig,
+    indices: np.ndarray,
+    boxes: Callable[[np.ndarray], np.ndarray],
+    *,
+    num_views: int,
+    batch_size: int,
+    threads: int,
+    pin_memory: bool,
+) -> Epoch:
+    """One pass over the samples `indices` int64 [n] in their order, with the crops `boxes` gives."""
     require(batch_size >= 1, f"batch size {batch_size}: give at least 1")
     indices = np.asarray(indices, dtype=np.int64)
 
     def batches(number: int) -> np.ndarray:
         return indices[number * batch_size : (number + 1) * batch_size]
 
-    def boxes(samples: np.ndarray) -> np.ndarray:
-        return center_boxes(dataset, data.eval_crop, samples)
-
     return Epoch(
-        dataset, data, batches, boxes, epoch=0, num_views=1, first_batch=0,
+        dataset, data, batches, boxes, epoch=0, num_views=num_views, first_batch=0,
         num_batches=math.ceil(len(indices) / batch_size), threads=threads, pin_memory=pin_memory,
     )  # fmt: skip

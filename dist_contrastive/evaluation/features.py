@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 
 from dist_contrastive import distributed
 from dist_contrastive.config import AugmentConfig, DataConfig
-from dist_contrastive.data.augment import to_normalized
+from dist_contrastive.data.augment import Augment, to_normalized
 from dist_contrastive.data.beton import Dataset
-from dist_contrastive.data.loader import eval_pass
+from dist_contrastive.data.loader import eval_pass, view_pass
 from dist_contrastive.models.base import Encoder
 
 BATCH_SIZE = 256
@@ -58,6 +59,39 @@ def extract(
             images = to_normalized(batch.views[0], augment, device).contiguous(memory_format=torch.channels_last)
             parts.append(encoder(images).float())
     return distributed.all_gather_rows(torch.cat(parts))
+
+
+def extract_views(
+    encoder: Encoder,
+    dataset: Dataset,
+    indices: np.ndarray,
+    *,
+    data: DataConfig,
+    augment: AugmentConfig,
+    seed: int,
+    device: torch.device,
+    threads: int,
+) -> Tensor:
+    """Features float32 [V, n, D] of augmented views of the samples `indices` int64 [n], otherwise as `extract`.
+
+    The views are those that training would make; where it makes one, two of its kind.
+    """
+    augment = augment if augment.num_views > 1 else replace(augment, num_views=2)
+    num_views = augment.num_views
+    distributed.broadcast_buffers(encoder)
+    share = np.array_split(indices, distributed.world_size())[distributed.rank()]
+    parts = [torch.empty(0, num_views, encoder.feature_size, device=device)]
+    make_views = Augment(augment, seed)
+    pass_over_share = view_pass(
+        dataset, data, augment, share, seed=seed, batch_size=max(1, BATCH_SIZE // num_views), threads=threads,
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    with frozen(encoder), pass_over_share as batches:
+        for batch in batches:
+            views = make_views(batch, device).views
+            images = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            parts.append(encoder(images).float().unflatten(0, (num_views, -1)).transpose(0, 1))
+    return distributed.all_gather_rows(torch.cat(parts).flatten(1)).unflatten(1, (num_views, -1)).transpose(0, 1)
 
 
 def raw_pixels(

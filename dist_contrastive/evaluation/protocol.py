@@ -1,4 +1,5 @@
-"""What a run is scored by, and how: linear and kNN accuracy on the test split, beside two baselines.
+"""What a run is scored by, and how: linear and kNN accuracy on the test split, beside two baselines, and what needs no
+labels: alignment, uniformity and effective rank of the test images' features, beside the untrained encoder's.
 
 The encoder is frozen, features come without augmentation, hyper-parameters are chosen on a held-out part of the training
 split, the last epoch is the result, and beside each score stand raw pixels and the untrained encoder.
@@ -10,17 +11,26 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dist_contrastive import distributed
+from dist_contrastive import distributed, rng
 from dist_contrastive.config import AugmentConfig, DataConfig, ProbeConfig, require
 from dist_contrastive.data.beton import Dataset
 from dist_contrastive.data.format import TEST, TRAIN
-from dist_contrastive.evaluation.features import extract, raw_pixels
+from dist_contrastive.evaluation.features import extract, extract_views, raw_pixels
 from dist_contrastive.evaluation.knn import AUTOMATIC_K, BY_K, automatic_k, knn_predict_by_k
 from dist_contrastive.evaluation.linear import linear_probe
+from dist_contrastive.losses.statistics import alignment, effective_rank, uniformity
 from dist_contrastive.models.base import Encoder
+
+LABEL_SCORES = ("linear_top1", "knn_top1")
+"""Fractions of the test split; they need labels."""
+FREE_SCORES = ("alignment", "uniformity", "effective_rank")
+"""Of the test images' features; they need none."""
+MAX_FREE_SAMPLES = 2048
+"""Of how many test images the latter are taken."""
 
 RAW_SIDE = 32
 """Raw pixels are taken at this side at most: at 224 a linear classifier would have 150,000 inputs."""
@@ -54,47 +64,76 @@ class ProbeRunner:
         self.dataset, self.data, self.augment, self.probe = dataset, data, augment, probe
         self.seed, self.device, self.threads = seed, device, threads
         self._indices = [dataset.indices(split) for split in (TRAIN, TEST)]
+        test = self._indices[TEST]
+        self._few = np.sort(rng.permutation(seed, 0, len(test))[:MAX_FREE_SAMPLES])
+        """Which of the test images, int64, serve for what needs no labels."""
         self._labels = [torch.from_numpy(dataset.labels[indices]).to(device) for indices in self._indices]
         require(
-            len(self._labels[0].unique()) > 1,
-            f"{dataset.path} can't be probed on: its training samples have no labels, or all the same; give one "
-            "with classes (a run without scores: --probe.no-enabled)",
+            not self.has_labels or len(self._labels[0].unique()) > 1,
+            f"{dataset.path} can't be probed on: its training samples are all of one class; give one with more (a run "
+            "without scores: --probe.no-enabled)",
         )
         require(
             probe.knn_k <= manifest.num_train,
             f"--probe.knn-k {probe.knn_k}: {dataset.path} has {manifest.num_train} training samples; give at most as many, "
             "or 0 (automatic)",
         )
-        self.knn_k = probe.knn_k or automatic_k(self._labels[0])
+        self.knn_k = (probe.knn_k or automatic_k(self._labels[0])) if self.has_labels else 0
+
+    @property
+    def has_labels(self) -> bool:
+        return self.dataset.manifest.has_labels
 
     def score(self, encoder: Encoder) -> dict[str, Any]:
-        """`linear_top1` and `knn_top1` (fractions of the test split) of `encoder`, what they are class by class, for other
-        k, and how the linear fit went.
+        """`alignment`, `uniformity` and `effective_rank` of `encoder`'s features of test images; with labels also
+        `linear_top1` and `knn_top1` (fractions of the test split), what they are class by class and for other k, and how
+        the linear fit went.
 
         `UserError` on all ranks where features are not finite.
         """
-        return self._score(
-            [
-                extract(
-                    encoder, self.dataset, indices,
-                    data=self.data, augment=self.augment, device=self.device, threads=self.threads,
-                )
-                for indices in self._indices
-            ]
-        )  # fmt: skip
+        settings: dict[str, Any] = {
+            "data": self.data,
+            "augment": self.augment,
+            "device": self.device,
+            "threads": self.threads,
+        }
+        splits = (TRAIN, TEST) if self.has_labels else (TEST,)
+        features = [extract(encoder, self.dataset, self._indices[split], **settings) for split in splits]
+        test_images = self._indices[TEST][self._few]
+        views = extract_views(encoder, self.dataset, test_images, seed=self.seed, **settings)
+        free = self._score_without_labels(features[-1][torch.from_numpy(self._few).to(self.device)], views)
+        return {**self._score(features), **free} if self.has_labels else free
 
     def baselines(self, untrained: Encoder) -> dict[str, Any]:
-        """The same two scores of raw pixels (`raw_…`) and of the untrained encoder (`init_…`)."""
-        small = replace(self.data, image_size=min(RAW_SIDE, self.data.image_size))
-        raw = [
-            raw_pixels(self.dataset, indices, data=small, device=self.device, threads=self.threads)
-            if distributed.is_main()
-            else torch.empty(0)
-            for indices in self._indices
-        ]
-        found = {f"raw_{name}": value for name, value in self._score(raw).items()}
+        """The same scores of the untrained encoder (`init_…`), and with labels those of raw pixels (`raw_…`)."""
+        found = {}
+        if self.has_labels:
+            small = replace(self.data, image_size=min(RAW_SIDE, self.data.image_size))
+            raw = [
+                raw_pixels(self.dataset, indices, data=small, device=self.device, threads=self.threads)
+                if distributed.is_main()
+                else torch.empty(0)
+                for indices in self._indices
+            ]
+            found = {f"raw_{name}": value for name, value in self._score(raw).items()}
         found |= {f"init_{name}": value for name, value in self.score(untrained).items()}
         return {name: value for name, value in found.items() if not name.endswith(PER_CLASS)}
+
+    def _score_without_labels(self, features: Tensor, views: Tensor) -> dict[str, Any]:
+        """Of `features` [n, D] without augmentation and of `views` [V, n, D]."""
+
+        def measure() -> dict[str, Any] | None:
+            if not distributed.is_main():
+                return None
+            require(
+                bool(torch.isfinite(features).all() and torch.isfinite(views).all()),
+                "the encoder's features are not finite: the run diverged",
+            )
+            values = (alignment(views), uniformity(features), effective_rank(features))
+            return {name: value.item() for name, value in zip(FREE_SCORES, values, strict=True)}
+
+        result: dict[str, Any] = distributed.broadcast_object(distributed.together(measure))
+        return result
 
     def _score(self, features: list[Tensor]) -> dict[str, Any]:
         def fit() -> dict[str, Any] | None:
@@ -134,7 +173,7 @@ class ProbeRunner:
 
     def protocol(self) -> dict[str, Any]:
         """How the scores come about, in words and numbers, for whoever compares them."""
-        return {
+        with_labels = {
             "linear": "L2-regularised logistic regression by L-BFGS on standardised features",
             "linear_strengths": list(self.probe.strengths),
             "linear_strength_chosen_on": f"{self.probe.holdout:g} of the training split, held out",
@@ -142,9 +181,20 @@ class ProbeRunner:
             "knn_k": self.knn_k,
             "knn_k_chosen": "given" if self.probe.knn_k else AUTOMATIC_K,
             "knn_temperature": self.probe.knn_temperature,
+            "raw_pixels": f"{min(RAW_SIDE, self.data.image_size)} px",
+        }
+        return {
+            **(
+                with_labels
+                if self.has_labels
+                else {"labels": "none: linear classifier and nearest neighbours need them"}
+            ),
+            "alignment": "mean |x - y|² of two augmented views on the unit sphere",
+            "uniformity": "log of the mean of exp(-2 |x - y|²) over pairs of test images on the unit sphere",
+            "effective_rank": "exponential of the entropy of the features' singular values",
+            "num_without_labels": len(self._few),
             "encoder": "frozen, in eval mode, fp32",
             "images": f"centre crop {self.data.eval_crop:g}, {self.data.image_size} px, without augmentation",
-            "raw_pixels": f"{min(RAW_SIDE, self.data.image_size)} px",
             "num_train": self.dataset.manifest.num_train,
             "num_test": self.dataset.manifest.num_test,
             "dataset_sha256": self.dataset.manifest.sha256,
@@ -153,12 +203,14 @@ class ProbeRunner:
 
     def summary(self, baselines: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What probe.json holds: the last entry of `history` (each with `epoch`, epochs done, and `step`) as the result,
-        the best one beside it, the baselines and the protocol. Accuracies of single classes are the result's alone."""
-        best = max(history, key=lambda entry: entry["linear_top1"])
+        the one with the best linear score beside it, if there are any, the baselines and the protocol. Accuracies of
+        single classes are the result's alone."""
+        scored = [entry for entry in history if "linear_top1" in entry]
+        best = max(scored, key=lambda entry: entry["linear_top1"], default=None)
         return {
             **history[-1],
             **baselines,
-            "best": {name: best[name] for name in ("epoch", "step", "linear_top1", "knn_top1")},
+            **({"best": {name: best[name] for name in ("epoch", "step", *LABEL_SCORES)}} if best else {}),
             "history": [{name: value for name, value in entry.items() if name not in PER_CLASS} for entry in history],
             "protocol": self.protocol(),
         }

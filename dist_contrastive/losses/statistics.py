@@ -1,4 +1,5 @@
-"""What a batch of embeddings looks like: its covariance's spectrum, its effective rank, the closeness of positives.
+"""What a batch of embeddings looks like: its covariance's spectrum, its effective rank, the closeness of positives, the
+spread over the sphere.
 
 Pure functions without gradient. Spectra are taken in float64 from the smaller of the two Gram matrices, which costs
 O(N D min(N, D)) and whatever precision the embeddings come in. Non-finite embeddings give NaN, not an exception: it is
@@ -8,6 +9,9 @@ the training loop's business to stop at them, with the step's number.
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+UNIFORMITY_BLOCK = 1024
+"""Rows whose distances to all others are held at a time."""
 
 
 def _gram_spectrum(z: Tensor) -> Tensor:
@@ -66,3 +70,30 @@ def positive_cosine(z: Tensor) -> Tensor:
     # Σ over ordered pairs v != w of <z_v, z_w> is |Σ z_v|² - Σ |z_v|²: no V × V matrix.
     pairs = unit.sum(0).square().sum(-1) - unit.square().sum((0, 2))
     return (pairs / (num_views * (num_views - 1))).mean()
+
+
+@torch.no_grad()
+def alignment(z: Tensor) -> Tensor:
+    """The mean squared distance between two views of one sample on the unit sphere, float32 scalar tensor in [0, 4].
+
+    `z` is [V, N, D], V >= 2 views of N samples, of any length. The lower, the more alike views are; 0 also where every
+    sample is the same (Wang and Isola 2020, "Understanding contrastive representation learning through alignment and
+    uniformity on the hypersphere", with α = 2).
+    """
+    return 2 - 2 * positive_cosine(z)
+
+
+@torch.no_grad()
+def uniformity(z: Tensor) -> Tensor:
+    """log of the mean of exp(-2 |x - y|²) over all pairs of distinct rows of `z` [N, D], scaled to length 1; float64 scalar.
+
+    In [-8, 0] for any two vectors; the lower, the more evenly the rows spread over the sphere, 0 where all are one vector
+    (Wang and Isola 2020, with t = 2). 0 for a single row, which has no pair. The memory grows with N times a block.
+    """
+    num_samples = len(z)
+    if num_samples < 2:
+        return torch.zeros((), dtype=torch.float64, device=z.device)
+    unit = F.normalize(z.double(), dim=-1)
+    # |x - y|² = 2 - 2 <x, y>; each row's pair with itself adds exp(0) = 1, taken off at the end.
+    total = sum((4 * (block @ unit.T) - 4).exp().sum() for block in unit.split(UNIFORMITY_BLOCK))
+    return ((total - num_samples).clamp_min(0) / (num_samples * (num_samples - 1))).log()

@@ -52,7 +52,7 @@ def collect_report(
     if not distributed.is_main():
         return None
     views, originals = example_views(config, dataset)
-    has_labels = len(dataset.manifest.classes) > 1
+    has_labels = dataset.manifest.has_labels
     return RunReport(
         run_dir=config.run_dir,
         config=to_dict(config),

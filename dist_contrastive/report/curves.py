@@ -288,7 +288,9 @@ def probe(inputs: RunReport) -> tuple[Section, Figure | None]:
     probe = inputs.probe or {}
     if not is_number(probe.get("linear_top1")) and not is_number(probe.get("knn_top1")):
         return Section(
-            "probe", title, missing="the probe has no accuracies" if probe else "the run was not probed"
+            "probe",
+            title,
+            missing="the dataset has no labels, which the classifiers need" if probe else "the run was not probed",
         ), None
     figure, axes = new_figure(3.8, columns=2)
     shown: list[float] = []

@@ -3,7 +3,7 @@
 import base64
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,31 +130,60 @@ def _summary(inputs: RunReport, flat: Mapping[str, Any], order: Sequence[str]) -
                 "agreement of views [[positive_cosine]] for the reason."
             )
             parts.append(f'<p class="notice">{_with_places(text, -1, order)}</p>')
-    rows = [
-        (label, [probe.get(f"{prefix}{kind}_top1") for prefix in ("", "init_", "raw_")])
-        for label, kind in (("Linear classifier", "linear"), (_knn_label(probe), "knn"))
-    ]
-    rows = [(label, scores) for label, scores in rows if any(is_number(score) for score in scores)]
-    if rows:
-        cells = "".join(
-            f"<tr><td>{html.escape(label)}</td>"
-            + "".join(
-                f"<td{' class=own' if column == 0 else ''}>{_percent(score)}</td>"
-                for column, score in enumerate(scores)
-            )
-            + "</tr>"
-            for label, scores in rows
-        )
+    columns = (("This run", ""), ("Untrained encoder", "init_"), ("Raw pixels", "raw_"))
+    scores = _score_table(
+        "Test images classified right",
+        probe,
+        [("Linear classifier", "linear_top1"), (_knn_label(probe), "knn_top1")],
+        columns,
+        _percent,
+    )
+    free = _score_table(
+        "Test images' features, without labels",
+        probe,
+        [
+            ("Alignment: distance of two views, 0 to 4", "alignment"),
+            ("Uniformity: −4 and lower is spread evenly, 0 is one point", "uniformity"),
+            ("Effective rank: directions in use", "effective_rank"),
+        ],
+        columns[:2],
+        lambda value: f"{value:.2f}".replace("-", "−") if is_number(value) else "–",
+    )
+    if scores:
+        parts += [scores, _other_k(probe), _best(probe)]
+    elif free:
         parts.append(
-            '<div class="scroll"><table class="scores"><thead><tr><th>Test images classified right</th><th>This run</th>'
-            f"<th>Untrained encoder</th><th>Raw pixels</th></tr></thead><tbody>{cells}</tbody></table></div>"
+            '<p class="notice">The dataset has no labels: the linear classifier and the nearest neighbours\' vote, which need '
+            "them, are not given. Both alignment and uniformity should be low; low alignment with a uniformity near 0 is "
+            "collapse.</p>"
         )
-        parts += [_other_k(probe), _best(probe)]
     else:
-        why = "The probe has no accuracies" if probe else "This run was not probed, so there are no scores"
-        parts.append(f'<p class="notice">{why}.</p>')
+        parts.append('<p class="notice">This run was not probed, so there are no scores.</p>')
+    parts.append(free)
     facts = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in _facts(inputs, flat).items())
     return "".join(parts) + "<dl>" + facts.replace("<dt>", "<div><dt>").replace("</dd>", "</dd></div>") + "</dl>"
+
+
+def _score_table(
+    title: str,
+    probe: Mapping[str, Any],
+    rows: Sequence[tuple[str, str]],
+    columns: Sequence[tuple[str, str]],
+    text: Callable[[Any], str],
+) -> str:
+    """The scores `rows` (label and name) beside their baselines `columns` (heading and prefix); empty where there are none."""
+    lines = [(label, [probe.get(prefix + name) for _, prefix in columns]) for label, name in rows]
+    lines = [(label, scores) for label, scores in lines if any(is_number(score) for score in scores)]
+    if not lines:
+        return ""
+    cells = "".join(
+        f"<tr><td>{html.escape(label)}</td>"
+        + "".join(f"<td{' class=own' if column == 0 else ''}>{text(score)}</td>" for column, score in enumerate(scores))
+        + "</tr>"
+        for label, scores in lines
+    )
+    headings = "".join(f"<th>{html.escape(heading)}</th>" for heading in (title, *(heading for heading, _ in columns)))
+    return f'<div class="scroll"><table class="scores"><thead><tr>{headings}</tr></thead><tbody>{cells}</tbody></table></div>'
 
 
 def _knn_label(probe: Mapping[str, Any]) -> str:
