@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dist_contrastive.data.beton import BetonWriter
-from dist_contrastive.data.format import TEST, TRAIN, Manifest, manifest_path
+from dist_contrastive.data.format import NO_LABEL, TEST, TRAIN, Manifest, manifest_path
 
 
 def picture(height: int, width: int, seed: int) -> np.ndarray:
@@ -35,7 +35,7 @@ def decoded(data: bytes) -> np.ndarray:
 def write_beton(path: Path, images: Sequence[np.ndarray | bytes], *, num_test: int = 0, num_classes: int = 3) -> Path:
     """Write `images`, arrays uint8 [H, W, 3] (stored raw) or JPEGs, and their manifest; returns `path`.
 
-    The label of sample i is i modulo `num_classes`; the last `num_test` samples are the test split.
+    The label of sample i is i modulo `num_classes` (0: no labels); the last `num_test` samples are the test split.
     """
     shapes = []
     with open(path, "wb") as file:
@@ -48,7 +48,8 @@ def write_beton(path: Path, images: Sequence[np.ndarray | bytes], *, num_test: i
             else:
                 data, is_jpeg = image.tobytes(), False
                 height, width = image.shape[:2]
-            writer.add(data, is_jpeg=is_jpeg, height=height, width=width, label=index % num_classes, split=split)
+            label = index % num_classes if num_classes else NO_LABEL
+            writer.add(data, is_jpeg=is_jpeg, height=height, width=width, label=label, split=split)
             shapes.append((height, width))
         writer.finish()
     heights, widths = zip(*shapes, strict=True)

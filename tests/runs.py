@@ -29,9 +29,9 @@ TIMES = {"images_per_s", "step_time_ms", "loader_wait_ms", "peak_memory_mib"}
 """Metrics that differ from run to run."""
 
 
-def write_dataset(folder: Path) -> Path:
+def write_dataset(folder: Path, *, num_classes: int = 3) -> Path:
     images = [picture(20, 20 + seed % 5, seed) for seed in range(NUM_TRAIN + NUM_TEST)]
-    return write_beton(folder / "tiny.beton", images, num_test=NUM_TEST)
+    return write_beton(folder / "tiny.beton", images, num_test=NUM_TEST, num_classes=num_classes)
 
 
 def tiny_config(run_dir: Path, dataset: Path, *, norm: str = "batch", **changes: Any) -> TrainConfig:

@@ -607,12 +607,11 @@ def test_the_command_lists_a_bounded_number(tmp_path: Path, capsys: pytest.Captu
     assert errors[-1] == f"left out: 10 more, see {tmp_path / 'x.beton.json'}"
 
 
-@pytest.mark.parametrize("form", ["photos", "cifar10[:DIR]", "folder:DIR", "classes:DIR", "images:DIR"])
-def test_help_names_the_forms_of_source(form: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "dist_contrastive.pack", "--help"], capture_output=True, text=True, timeout=120
-    )
-    assert form in done.stdout
+def test_help_names_the_forms_of_source() -> None:
+    command = [sys.executable, "-m", "dist_contrastive.pack", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    for form in ("photos", "cifar10[:DIR]", "folder:DIR", "classes:DIR", "images:DIR"):
+        assert form in done.stdout
 
 
 def test_missing_ffcv_ends_the_command_with_status_2_and_one_line(tmp_path: Path) -> None:

@@ -374,12 +374,15 @@ def test_what_a_run_lacks_leaves_the_rest_alone(tmp_path: Path, lacking: dict[st
 
 
 def test_without_labels_the_page_holds_and_claims_no_classes(tmp_path: Path) -> None:
-    probe = {"effective_rank": 20.0, "protocol": {"encoder": "frozen"}}
+    free = {"alignment": 0.21, "uniformity": -2.5, "effective_rank": 17.25}
+    probe = {**free, **{f"init_{name}": 2 * value for name, value in free.items()}, "epoch": 3, "history": []}
     report = replace(whole_run(tmp_path, num_samples=40), labels=None, class_names=(), probe=probe)
     text = Page(write_report(report).read_text()).text
     assert {path.stem for path in (tmp_path / "plots").iterdir()} == set(PLOT_NAMES) - {"probe", "per_class"}
-    assert "The probe has no accuracies" in text
-    assert "not probed" not in text
+    for words in ("The dataset has no labels", "Alignment", "0.21", "−2.50", "17.25", "34.50"):
+        assert words in text
+    for words in ("classified right", "not probed", "did not pay"):
+        assert words not in text
     shown = text[: text.index("Left out")]
     for word in ("class", "Green", "✓", "% of those shown"):
         assert word not in re.sub(r"classif\w+", "", shown), word

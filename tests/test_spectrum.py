@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from dist_contrastive.losses.statistics import covariance_spectrum, effective_rank, positive_cosine
+from dist_contrastive.losses.statistics import (
+    alignment,
+    covariance_spectrum,
+    effective_rank,
+    positive_cosine,
+    uniformity,
+)
 
 
 @pytest.mark.parametrize("shape", [(50, 8), (8, 50), (1, 4), (16, 16)])
@@ -60,3 +66,29 @@ def test_statistics_carry_no_gradient():
     z = torch.randn(2, 5, 3, requires_grad=True)
     for value in (positive_cosine(z), effective_rank(z[0]), covariance_spectrum(z[0])):
         assert not value.requires_grad
+
+
+def test_alignment_is_the_mean_squared_distance_of_views_on_the_sphere():
+    z = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.1, 4, 7)[:, None]
+    unit = (z / z.norm(dim=-1, keepdim=True)).double()
+    distances = [
+        (unit[v, n] - unit[w, n]).square().sum().item() for v in range(3) for w in range(3) if v != w for n in range(7)
+    ]
+    assert alignment(z).item() == pytest.approx(np.mean(distances), rel=1e-5)
+    assert alignment(z[:1].expand(2, 7, 5)).item() == pytest.approx(0, abs=1e-6)
+    assert alignment(torch.stack([z[0], -z[0]])).item() == pytest.approx(4, rel=1e-6)
+
+
+@pytest.mark.parametrize("num_samples", [2, 9, 1500])
+def test_uniformity_is_the_log_of_the_mean_potential_of_pairs(num_samples):
+    z = torch.randn(num_samples, 4, generator=torch.Generator().manual_seed(3))
+    unit = (z / z.norm(dim=-1, keepdim=True)).double()
+    distances = torch.pdist(unit).square()
+    assert uniformity(z).item() == pytest.approx(torch.exp(-2 * distances).mean().log().item(), rel=1e-6)
+
+
+def test_uniformity_of_collapse_of_opposites_and_of_one_row():
+    one = torch.tensor([[3.0, 4.0]])
+    assert uniformity(one).item() == 0
+    assert uniformity(one.expand(50, 2)).item() == pytest.approx(0, abs=1e-9)
+    assert uniformity(torch.cat([one, -one])).item() == pytest.approx(-8, rel=1e-6)
