@@ -44,8 +44,11 @@ class PackConfig:
     """Pack images into one file that the loader reads."""
 
     source: Positional[str] = "photos"
-    """photos | cifar10[:DIR] | folder:DIR (DIR/<class>/..., DIR/train/<class>/... and DIR/test/<class>/..., or images without
-    labels) | classes:DIR (each folder in DIR is a class) | images:DIR (all images below DIR, without labels)"""
+    """photos: patches of photographs that come with the installed packages.
+    cifar10[:DIR]: downloaded once, or torchvision's files in DIR.
+    folder:DIR: class folders, splits (train, test, ...) of class folders, or images without labels.
+    classes:DIR: each folder in DIR is a class, whatever it is called.
+    images:DIR: all images below DIR, without labels."""
     out: Positional[Path | None] = None
     """The dataset to write, *.beton (data/photos.beton, data/cifar10.beton if none is given)."""
     quality: int = QUALITY

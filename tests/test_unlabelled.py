@@ -5,6 +5,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from tests.betons import picture, write_beton
 from tests.harness import run_ranks
 from tests.runs import NUM_TEST, NUM_TRAIN, tiny_config, train_on_rank, write_dataset
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "data": DataConfig(image_size=16), "augment": AugmentConfig(), "device": torch.device("cpu"), "threads": 1,
 }  # fmt: skip
 
