@@ -86,15 +86,18 @@ def test_of_equal_votes_the_lowest_class_wins() -> None:
             assert found.tolist() == [1]
 
 
-@pytest.mark.parametrize("num_train", [7, 3000])
+@pytest.mark.parametrize("num_train", [12, 50, 500, 3000])
 def test_of_equally_near_samples_the_first_are_neighbours(num_train: int) -> None:
     x = torch.zeros(num_train, 2)
-    x[:, 0] = 1.0  # all alike, but for two
-    x[4], x[6] = torch.tensor([0.0, 1.0]), torch.tensor([-1.0, 0.0])
-    labels = torch.tensor([3, 3, 1, 1, 0, 1, 0] + [2] * (num_train - 7))
-    ks = [1, 2, 3, 4, 5]
-    found = knn_predict_by_k(x, labels, x[:1], num_classes=4, ks=ks, temperature=0.1)
-    assert [found[k].item() for k in ks] == [3, 3, 3, 1, 1]
+    x[::2, 0] = 1.0  # every second sample is as near as can be
+    x[1::2, 1] = 1.0
+    ks = [k for k in (1, 2, 5, 20, 100) if 4 * k <= num_train]
+    for last in ks:
+        labels = torch.full((num_train,), 2)
+        labels[: 2 * last : 2] = 1
+        found = knn_predict_by_k(x, labels, x[:1], num_classes=3, ks=ks, temperature=0.1)
+        assert {k: found[k].item() for k in ks if k <= last} == {k: 1 for k in ks if k <= last}
+        assert knn_predict(x, labels, x[:1], num_classes=3, k=last, temperature=0.1).tolist() == [1]
 
 
 def test_many_ks_in_one_pass_are_those_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ AUTOMATIC_K = f"automatic: 1/{NEIGHBOURS_OF_CLASS} of the training samples of th
 BY_K = (1, 5, 10, 20, 50, 100, LARGEST_K)
 """The k that are reported beside the one that counts."""
 EQUAL_VOTES = 1e-9
-"""Votes that differ by less than this part of the largest differ by rounding alone."""
+"""Votes that differ by less than this part of the largest differ by rounding alone: a GPU adds them in any order."""
 
 
 def automatic_k(train_y: Tensor) -> int:
