@@ -19,6 +19,7 @@ from dist_contrastive import cli, preflight
 from dist_contrastive.config import UserError
 from dist_contrastive.metrics import read_metrics
 from dist_contrastive.probe import read_config
+from dist_contrastive.report import PLOT_NAMES
 from dist_contrastive.run import train
 from dist_contrastive.train import EXIT_STOPPED, parse
 from tests.harness import run_ranks
@@ -65,7 +66,7 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_finished_run_has_everything(finished: Path) -> None:
     for name in ("config.json", "machine.json", "report.html", "DONE"):
         assert (finished / name).is_file(), name
-    assert len(list((finished / "plots").glob("*.png"))) == 9
+    assert {path.stem for path in (finished / "plots").glob("*.png")} == set(PLOT_NAMES)
     assert load_file(finished / "encoder.safetensors")
     assert load_file(finished / "projector.safetensors")
     assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == [
