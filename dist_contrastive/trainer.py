@@ -60,7 +60,7 @@ class Trainer:
         dataset_sha256: str,
         fewest: int = 1,
     ) -> None:
-        """`fewest`: samples that a forward pass of this rank needs at least (`preflight.check_run`)."""
+        """`fewest`: samples that a forward pass of this rank needs at least (`preflight.check_passes`)."""
         self.config = config
         self.accelerator = accelerator
         self.device = accelerator.device
