@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-import dist_contrastive
 from dist_contrastive.config import TrainConfig
 from dist_contrastive.methods import METHODS
 from dist_contrastive.recipes import DEFAULT_RECIPE, RECIPES
 from dist_contrastive.trainer import build_method
+from tests.launches import launch_config_of
 
 # The command line. What is added or renamed here is added or renamed for everybody's scripts.
 OPTIONS = set(
@@ -67,9 +67,12 @@ def test_the_docstring_states_command_cost_score_and_source(recipe: Callable[[],
     text = inspect.getdoc(recipe) or ""
     for name in ("Command", "Cost", "Measured|Expected", "Source"):
         assert re.search(rf"^({name}): +\S", text, re.MULTILINE), f"{recipe.__name__}'s docstring has no line {name}:"
-    command = re.search(r"^Command: +(.*)$", text, re.MULTILINE)
-    assert command
-    words = command[1].split()
-    assert words[-3:] == ["-m", "dist_contrastive.train", recipe.__name__]
-    config_file = Path(dist_contrastive.__file__).parents[1] / words[words.index("--config_file") + 1]
-    assert config_file.is_file()
+    assert launch_config_of(recipe)["num_processes"] >= 1
+
+
+@each_recipe
+def test_on_several_gpus_no_statistics_depend_on_how_many(recipe: Callable[[], TrainConfig]) -> None:
+    """So that such a run goes on at another number of them; on CPUs the demonstration's ranks keep their own."""
+    launch = launch_config_of(recipe)
+    if launch["num_processes"] > 1 and not launch["use_cpu"]:
+        assert recipe().encoder.norm in ("sync", "group")

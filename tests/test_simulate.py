@@ -15,10 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import Tensor, nn
 
-import dist_contrastive
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import BatchConfig, EncoderConfig, TrainConfig, UserError
@@ -37,10 +35,10 @@ from dist_contrastive.simulate.rank import simulate_here
 from dist_contrastive.simulate.watch import Watch
 from dist_contrastive.trainer import Trainer, build_method
 from tests.harness import run_ranks
+from tests.launches import launch_config_of
 from tests.runs import tiny_config
 from tests.steps import build, gradient_of, large_batch, share_of_batch
 
-ROOT = Path(dist_contrastive.__file__).parents[1]
 BATCH = EncoderConfig(name="resnet10_w16", stem="small", norm="batch")
 
 
@@ -399,8 +397,7 @@ class Launch(NamedTuple):
 
 def launch_of(recipe: str) -> Launch:
     """Ranks and precision of the launch config that the recipe's docstring names; CPU recipes as if on as many GPUs."""
-    words = (inspect.getdoc(RECIPES[recipe]) or "").split()
-    launch = yaml.safe_load((ROOT / words[words.index("--config_file") + 1]).read_text())
+    launch = launch_config_of(RECIPES[recipe])
     return Launch(launch["num_processes"], PRECISIONS[launch["mixed_precision"]])  # type: ignore[arg-type]
 
 
