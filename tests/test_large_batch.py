@@ -369,6 +369,7 @@ def test_halving_ends_at_the_fewest_samples_that_a_pass_can_take() -> None:
 def test_halving_takes_what_is_left_where_half_would_leave_a_part_too_small() -> None:
     steps = large_batch(build("simclr", BATCH), 0)
     steps.fewest = 2
+    steps._quoted = "injected"
     steps._halve(5, 0, [0])  # 2 + 2 + 1 has a part of one sample, 3 + 2 has not
     assert steps.micro == 3
 
