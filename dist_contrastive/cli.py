@@ -81,12 +81,15 @@ def parse(
             **options,
         )
 
-    if about and _asks_for_help(args):
-        print(_reflow(about), end="\n\n")
     errors = io.StringIO()
     try:
+        if about and _asks_for_help(args):
+            print(_reflow(about), end="\n\n", flush=True)
         with contextlib.redirect_stderr(errors):
             config, unknown = run(args)
+    except BrokenPipeError:  # whoever read the help page (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit()
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

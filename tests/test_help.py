@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,3 +144,10 @@ def test_the_list_has_a_line_for_each_recipe(capsys: pytest.CaptureFixture[str])
             assert [f"linear {measured[:5]}", f"kNN {measured[7:]}"] == [
                 part.partition(" ±")[0] for part in facts["Measured"].split(", ")
             ]
+
+
+def test_a_reader_may_leave_before_the_help_page_ends() -> None:
+    command = f"{shlex.quote(sys.executable)} -m dist_contrastive.pack --help | head -n 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr
