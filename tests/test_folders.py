@@ -240,6 +240,11 @@ def test_roles_are_read_word_by_word(name: str, expected: tuple[Role | None, str
         (["cat/train/1.jpg", "cat/test/1.jpg", "dog/train/1.jpg", "dog/test/1.jpg"], ["cat/train/", "splits of its own"]),
         (["trainA/1.jpg", "trainB/1.jpg", "testA/1.jpg", "testB/1.jpg"], ["testA/, testB/, trainA/, trainB/"]),
         ([*cats_and_dogs("seg_train", "seg_test"), "seg_pred/1.jpg"], ["seg_test/, seg_train/"]),
+        (cats_and_dogs("tr", "te"), ["te/, tr/", "if they are splits, call them train and test", "classes:"]),
+        # folders that hold no class
+        (["images/1.jpg", "masks/1.png"], ["images/, masks/", "not named like a class", "for images/ alone: folder:"]),
+        (["rgb/1.jpg", "Labels/1.png"], ["Labels/", "classes:"]),
+        (["train/img/1.jpg", "train/annotations/1.png"], ["train/annotations/, train/img/", "for train/img/ alone"]),
         # splits beside classes, or twice
         (cats_and_dogs("train", "bus"), ["train/", "bus/"]),
         ([*cats_and_dogs("train", "test"), "masks/1.png"], ["test/, train/", "masks/"]),
@@ -253,7 +258,10 @@ def test_roles_are_read_word_by_word(name: str, expected: tuple[Role | None, str
         # a split is missing, or has other classes
         (cats_and_dogs("test"), ["test/ and no training split", "folder:", "/test"]),
         (cats_and_dogs("val", "test"), ["test/, val/ and no training split"]),
-        ([*cats_and_dogs("train"), "test/unknown/1.jpg", "test/other/1.jpg"], ["no class of train/", "test/other/"]),
+        (
+            [*cats_and_dogs("train"), "test/unknown/1.jpg", "test/other/1.jpg"],
+            ["no class of train/", "test/other/", "for train/ alone: folder:"],
+        ),
         ([*cats_and_dogs("train"), "test/Cat/1.jpg", "test/dog/1.jpg"], ["train/cat and test/Cat"]),
         ([*cats_and_dogs("test"), "train/cat/1.jpg"], ["train/ has one class folder only (cat)", "test/"]),
     ],

@@ -48,10 +48,16 @@ class Role(Enum):
 
 
 _ROLES = {word: role for role in Role for word in role.value.split()}
-_FILLERS = frozenset({
-    "set", "sets", "data", "dataset", "datasets", "image", "images", "img", "imgs", "picture", "pictures", "pic", "pics",
-    "photo", "photos", "split", "splits", "folder", "dir", "jpg", "jpeg", "jpegs", "png", "full", "all", "raw",
-})  # fmt: skip
+_CONTAINERS = frozenset({"image", "images", "img", "imgs", "jpg", "jpeg", "jpegs", "png"})
+"""Names of folders for images of any class."""
+
+_TARGETS = frozenset({"masks", "labels", "annotations", "segmentations"})
+"""Names of folders for what belongs to the images of another folder."""
+
+_FILLERS = _CONTAINERS | {
+    "set", "sets", "data", "dataset", "datasets", "picture", "pictures", "pic", "pics", "photo", "photos", "split", "splits",
+    "folder", "dir", "full", "all", "raw",
+}  # fmt: skip
 """What may stand beside a split's name without changing it (train_images), or alone between it and the images."""
 
 _PARTS = frozenset({"fold", "folds", "split", "part", "parts", "subset", "batch", "chunk", "shard", "cv", "kfold"})
@@ -364,17 +370,15 @@ def _common_classes(train: Tree, test: Tree | None) -> tuple[str, ...]:
     if test is None:
         return tuple(sorted(of_train))
     if not of_train & {folder.last for folder in test.inner}:
-        _refuse(
-            train,
+        raise UserError(
             f"{test.shown} holds no class of {train.shown} ({_names(test.inner)}): give its folders the names of the training "
-            "classes, or move it away",
+            f"classes; for {train.shown} alone: folder:{train.path}"
         )
     new = {name.casefold(): name for name in of_test - of_train}
     for name in sorted(of_train - of_test):
         if name.casefold() in new:
-            _refuse(
-                train,
-                f"{train.shown}{name} and {test.shown}{new[name.casefold()]} would be two classes: give them one name",
+            raise UserError(
+                f"{train.shown}{name} and {test.shown}{new[name.casefold()]} would be two classes: give them one name"
             )
     return tuple(sorted(of_train | of_test))
 
@@ -406,13 +410,20 @@ def _held_out(labelled: bool, where: str = "") -> str:
 
 def _refuse_hidden_splits(tree: Tree) -> None:
     """`UserError` where the folders of `tree` do not look like classes but like splits of a kind that is not known here."""
-    inner = tree.inner
+    inner, rename = tree.inner, "; if they are splits, call them train and test"
     said = [split_role(folder.last)[0] for folder in inner]
     roles = {role for role in said if role is not None}
     if len(roles) > 1 and 2 * sum(role is not None for role in said) >= len(inner):
-        _refuse(tree, f"{_names(inner)} in {tree.path} look like splits")
-    if all(set(re.findall(r"[a-z]+", folder.last.lower())) & _PARTS for folder in inner):
-        _refuse(tree, f"{_names(inner)} in {tree.path} look like parts of a dataset")
+        _refuse(tree, f"{_names(inner)} in {tree.path} look like splits{rename}")
+    words = {folder.name: set(re.findall(r"[a-z]+", folder.last.lower())) for folder in inner}
+    if all(words[folder.name] & _PARTS for folder in inner):
+        _refuse(tree, f"{_names(inner)} in {tree.path} look like parts of a dataset{rename}")
+    # images/ beside masks/: two classes would tell pictures from their annotations.
+    no_classes = [f for f in inner if words[f.name] and (words[f.name] <= _CONTAINERS or words[f.name] <= _TARGETS)]
+    if no_classes:
+        of_images = [folder for folder in no_classes if words[folder.name] <= _CONTAINERS]
+        alone = f"; for {of_images[0].shown} alone: folder:{of_images[0].path}" if len(of_images) == 1 else ""
+        _refuse(tree, f"{_names(no_classes)} in {tree.path} is not named like a class{alone}")
     for folder in inner:
         below = [split_role(below.last) for below in folder.inner]
         if below and not folder.num_images and all(role is not None and not rest for role, rest in below):
@@ -424,7 +435,7 @@ def _refuse_hidden_splits(tree: Tree) -> None:
     if len(shared) > 1 and all(2 * len(names & shared) >= max(2, len(names)) for names in below_each):
         _refuse(
             tree,
-            f"{_names(inner)} in {tree.path} hold folders of the same names ({_list(sorted(shared))}), as splits do",
+            f"{_names(inner)} in {tree.path} hold folders of the same names ({_list(sorted(shared))}), as splits do{rename}",
         )
 
 
