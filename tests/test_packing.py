@@ -595,6 +595,27 @@ def test_the_command_packs_and_says_what(tmp_path: Path, capsys: pytest.CaptureF
     assert open_dataset(tmp_path / "x.beton").num_samples == 8
 
 
+@pytest.mark.parametrize(
+    ("sizes", "missing"),
+    [
+        ({"a": 4, "b": 1, "c": 1}, "; no image to test of 2 class(es): b, c"),
+        ({"a": 1, "b": 1}, "; no image to test: too few"),
+        ({"train/a": 2, "train/b": 2, "test/a": 1, "test/c": 1},
+         "; no image to train of 1 class(es): c; no image to test of 1 class(es): b"),
+        ({"a": 4, "b": 4}, ""),
+    ],
+)  # fmt: skip
+def test_the_note_on_the_splits_says_which_classes_one_lacks(
+    tmp_path: Path, sizes: dict[str, int], missing: str
+) -> None:
+    for name, size in sizes.items():
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(size):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "images" / name / f"{number}.png")
+    source = open_source(f"folder:{tmp_path / 'images'}")
+    assert write_dataset(source, tmp_path / "x.beton").split == source.split_note + missing
+
+
 def test_the_command_lists_a_bounded_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_folder(tmp_path / "images")
     for number in range(30):

@@ -265,7 +265,7 @@ def _write_file(
         left_out=(*source.left_out, *bad),
         num_bytes=num_bytes,
         sha256=sha256,
-        split=source.split_note,
+        split=source.split_note + _missing(source, packed, is_test),
         not_images=dict(sorted(not_images.items())),
     )
 
@@ -347,6 +347,20 @@ def _check_samples(
         bool(is_test.any()) or all(sample.split != TEST for sample in source.samples),
         f"{source.spec} has no readable image to test on ({source.split_note}); repair or remove its test images",
     )
+
+
+def _missing(source: Source, packed: Sequence[Sample], is_test: np.ndarray) -> str:
+    """What the note on the splits adds: where one has no image, or none of some classes; `is_test` is bool [len(packed)]."""
+    text = ""
+    for split, of_split in (("train", ~is_test), ("test", is_test)):
+        found = {sample.label for sample, is_in in zip(packed, of_split, strict=True) if is_in}
+        missing = [name for label, name in enumerate(source.classes) if label not in found]
+        if not found:
+            text += f"; no image to {split}: too few"
+        elif missing:
+            more = ", ..." if len(missing) > NUM_SHOWN else ""
+            text += f"; no image to {split} of {len(missing)} class(es): {', '.join(missing[:NUM_SHOWN])}{more}"
+    return text
 
 
 def _moments(sums: np.ndarray, num_pixels: int) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
