@@ -21,10 +21,10 @@ SIZE_STEPS = (16, 32, 64)
 
 
 class _Unseen(Exception):
-    """Images of `size` pixels are no whole number of `patch` pixels."""
+    """Patches of `patch` pixels, one each `stride` pixels, do not end where images of `size` pixels do."""
 
-    def __init__(self, size: int, patch: int) -> None:
-        self.size, self.patch = size, patch
+    def __init__(self, size: int, patch: int, stride: int) -> None:
+        self.size, self.patch, self.stride = size, patch, stride
 
 
 def fewest_samples(config: TrainConfig) -> int:
@@ -87,8 +87,10 @@ def _watched(method: Method) -> Iterator[None]:
         assert isinstance(conv, nn.Conv2d)
         (patch, _), (stride, _), padding = conv.kernel_size, conv.stride, conv.padding
         size = inputs[0].shape[-1]
-        if stride >= patch > 1 and padding in ((0, 0), "valid") and size % stride:
-            raise _Unseen(size, stride)
+        # A convolution of 3 pixels is no grid of patches: what it leaves at the border is one pixel.
+        is_grid = stride > 1 and (patch > 3 or stride >= patch) and padding in ((0, 0), "valid")
+        if is_grid and (size < patch or (size - patch) % stride):
+            raise _Unseen(size, patch, stride)
 
     def after(body: nn.Module, inputs: tuple[Any, ...], features: Any) -> None:
         shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -111,11 +113,13 @@ def _describe(config: TrainConfig, problem: Exception) -> str:
     """One line that says what does not fit, and what would."""
     size, name = config.data.image_size, config.encoder.name
     if isinstance(problem, _Unseen) and problem.size == size:
-        patch, below = problem.patch, size // problem.patch * problem.patch
-        fits = f"{below} or {below + patch}" if below else f"such as {patch}"
+        patch, stride = problem.patch, problem.stride
+        below = patch + (size - patch) // stride * stride
+        fits = f"{below} or {below + stride}" if below >= patch else f"such as {patch}"
+        sizes = f"a multiple of {patch}" if patch == stride else f"{patch} and any number of times {stride} more"
         return (
             f"--data.image-size {size}: {name} cuts images into patches of {patch} pixels and would never see the rest; give "
-            f"a multiple of {patch}, {fits}"
+            f"{sizes}, {fits}"
         )
     if isinstance(problem, _Unseen):
         return (

@@ -99,6 +99,14 @@ def test_pixels_that_would_never_be_seen_are_refused_with_what_fits(
     )
 
 
+def test_patches_that_overlap_have_sizes_of_their_own() -> None:
+    assert fewest_samples(with_encoder("pit_ti_224", 56)) == 1
+    assert refusal_of(with_encoder("pit_ti_224", 60)) == (
+        "--data.image-size 60: pit_ti_224 cuts images into patches of 16 pixels and would never see the rest; give 16 and any "
+        "number of times 8 more, 56 or 64"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "image_size", "advice"),
     [
