@@ -21,6 +21,8 @@ from dist_contrastive.models.teacher import Teacher
 
 MAX_NAMED = 3
 """How many names of a kind a message lists."""
+SAVED_BY_TORCH = (b"PK\x03\x04", b"\x80")
+"""How files of `torch.save` begin: an archive's first bytes, or, before torch 1.6, a pickle's."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,14 @@ def _sha256(data: bytes) -> str:
 
 def _parse(path: Path, data: bytes) -> Any:
     """The file's tensors by name, perhaps nested and among other things; what it is, its first bytes say."""
+    is_safetensors = data[8:9] == b"{"  # the header is JSON, after its length
+    require(
+        is_safetensors or data.startswith(SAVED_BY_TORCH),
+        f"--from {path}: neither safetensors nor a file of torch.save; give a run's folder, one of its checkpoints, or a file of "
+        "weights",
+    )
     try:
-        if data[8:9] == b"{":  # a safetensors file's header is JSON, after its length
+        if is_safetensors:
             return dict(sorted(safetensors.torch.load(data).items()))  # which come in no order
         # timm's checkpoints hold the command line that made them, plain values in a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -97,7 +105,7 @@ def _parse(path: Path, data: bytes) -> Any:
             f"--from {path}: it holds more than tensors and plain values, and opening that could run code; save its "
             "state_dict alone"
         ) from error
-    except Exception as error:  # of whatever kind the bytes of some other file provoke
+    except Exception as error:  # of whatever kind damaged bytes provoke
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"--from {path}: neither safetensors nor a file of torch.save ({reason})") from error
 

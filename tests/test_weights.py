@@ -235,6 +235,18 @@ def test_before_its_first_checkpoint_it_starts_again_from_the_same_weights_alone
         run_ranks(train_on_rank, 1, config)
 
 
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n" + bytes(40), b"hello world", b'{"a": 1}', b"hi", b""])
+def test_what_torch_did_not_save_is_not_said_to_run_code(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "weights.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_weights(path)
+    assert str(caught.value) == (
+        f"--from {path}: neither safetensors nor a file of torch.save; give a run's folder, one of its checkpoints, or a file of "
+        "weights"
+    )
+
+
 def test_a_run_does_not_overwrite_its_source(finished: TrainConfig) -> None:
     for source in (finished.run_dir, finished.run_dir / "encoder.safetensors"):
         with pytest.raises(UserError, match=r"--from .*: lies in --run-dir"):
