@@ -138,19 +138,23 @@ class CheckpointStore:
         manifest = _read(path / MANIFEST)
         try:
             facts = dict(json.loads(manifest))
-            format_found, version = facts["format"], facts.get("versions", {}).get("dist_contrastive", "")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            format_found = facts["format"]
+        except (ValueError, KeyError, TypeError) as error:
             raise Damaged(f"{path} is incomplete (no manifest: {error})") from error
+        # Of another format nothing else is known, not even where it has its versions.
+        versions = facts.get("versions")
+        version = versions.get("dist_contrastive") if isinstance(versions, dict) else None
         require(
             format_found == FORMAT,
-            f"{path} has format {format_found}, and this version reads {FORMAT}: the version that wrote it "
+            f"{path} has format {json.dumps(format_found)}, and this version reads {FORMAT}: the version that wrote it "
             f"({version or 'unknown'}) can",
         )
         try:
             sums, step_found = dict(facts["sha256"]), facts["step"]
         except (ValueError, KeyError, TypeError) as error:
             raise Damaged(f"{path} is incomplete (no manifest: {error})") from error
-        contents = {name: _read(path / name) for name in {STATE, *sums}}
+        present = {tensors.name for tensors in path.glob("*.safetensors")}
+        contents = {name: _read(path / name) for name in {STATE, *present, *sums}}
         if step_found != step:
             raise Damaged(f"{path} says that it is of step {step_found}")
         for name, data in contents.items():

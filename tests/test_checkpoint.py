@@ -233,6 +233,14 @@ def test_a_missing_or_cut_file_and_the_one_before_is_used(store: CheckpointStore
     assert_falls_back(store)
 
 
+def test_a_manifest_that_leaves_out_a_file_and_the_one_before_is_used(store: CheckpointStore) -> None:
+    path = store.path(200) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]["model.safetensors"]
+    path.write_text(json.dumps(manifest))
+    assert_falls_back(store)
+
+
 def test_a_folder_that_was_never_committed_is_not_seen(store: CheckpointStore) -> None:
     shutil.copytree(store.path(200), store.root / ".incomplete-step-00000300")
     shutil.copytree(store.path(200), store.root / "step-00000200.bak")
@@ -277,6 +285,15 @@ def change_format(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps({"format": 99, "versions": manifest["versions"]}))
 
 
+def another_manifest(**facts: Any) -> Callable[[Path], None]:
+    """Harm that makes the manifest one of which no more is known than `facts`."""
+
+    def harm(folder: Path) -> None:
+        (folder / "manifest.json").write_text(json.dumps(facts))
+
+    return harm
+
+
 def fail_to_read(folder: Path) -> None:
     # The one file of every Linux whose reading is an I/O error (EIO).
     (folder / "model.safetensors").unlink()
@@ -291,6 +308,9 @@ def fail_to_read(folder: Path) -> None:
             change_format,
             f"has format 99, and this version reads {FORMAT}: the version that wrote it ({__version__}) can",
         ),
+        (another_manifest(format=str(FORMAT)), f'has format "{FORMAT}", and this version reads {FORMAT}'),
+        (another_manifest(format=99, versions=None), "has format 99"),
+        (another_manifest(format=99, versions=["0.2"]), "the version that wrote it (unknown) can"),
         (fail_to_read, "can't be read (Input/output error)"),
         (shutil.rmtree, "step-00000200.bak"),
     ],
@@ -316,7 +336,7 @@ def test_what_is_left_of_checkpoints_is_not_taken_for_none(tmp_path: Path, name:
     assert name in refusal(store)
 
 
-@pytest.mark.parametrize("harm", [change_format, fail_to_read])
+@pytest.mark.parametrize("harm", [change_format, another_manifest(format=99, versions=None), fail_to_read])
 def test_one_that_may_be_read_another_time_is_not_passed_over(
     store: CheckpointStore, harm: Callable[[Path], None]
 ) -> None:
