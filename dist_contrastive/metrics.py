@@ -99,15 +99,16 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; none if there is no file. A half line at the end, of a run that was killed, is left out."""
+    """The lines of a metrics.jsonl; none if there is no file. What is no such line is left out: the half line of a run that was
+    killed, what a power failure made of some."""
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+    for text in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines
 
 

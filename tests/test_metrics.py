@@ -66,6 +66,16 @@ def test_a_half_line_of_a_killed_run_is_left_out_and_written_over(tmp_path: Path
     assert [line["step"] for line in read_metrics(path)] == [1, 2, 4]
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 40, b"\xbc\xff{", b"[2]", b'{"loss": 1.0}', b"7", b""])
+def test_lines_behind_a_damaged_one_are_kept(tmp_path: Path, damage: bytes) -> None:
+    write_steps(tmp_path, 0, range(1, 6), 0.0)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[2:], b""]))
+    write_steps(tmp_path, 4, range(5, 7), 0.0)
+    assert [line["step"] for line in read_metrics(path)] == [1, 3, 4, 5, 6]
+
+
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 0)
     log.write(1, 0, {"loss": math.nan, "grad_norm": math.inf, "step_time_ms": 2.0})
