@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, overload
 
 import tyro
@@ -83,13 +83,11 @@ def parse(
 
     errors = io.StringIO()
     try:
-        if about and _asks_for_help(args):
-            print(_reflow(about), end="\n\n", flush=True)
-        with contextlib.redirect_stderr(errors):
-            config, unknown = run(args)
-    except BrokenPipeError:  # whoever read the help page (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit()
+        with page() if _asks_for_help(args) else contextlib.nullcontext():
+            if about and _asks_for_help(args):
+                print(_reflow(about), end="\n\n")
+            with contextlib.redirect_stderr(errors):
+                config, unknown = run(args)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -119,14 +117,36 @@ def main_guard(function: Callable[[], object]) -> int:
     try:
         function()
     except UserError as error:
-        # All ranks of a run stop at the same mistake; one line a host is enough.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        # All ranks of a run stop at the same mistake.
+        if _speaks_for_host():
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt as error:
         print(f"error: interrupted {error}".rstrip(), file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     return 0
+
+
+@contextlib.contextmanager
+def page() -> Iterator[None]:
+    """What is printed within the context is there to be read: once a host, and as far as the reader wants (head, less)."""
+    if not _speaks_for_host():
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+        return
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit()
+
+
+def _speaks_for_host() -> bool:
+    """Whether this process is the one rank of its host that tells people what all ranks would say."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _asks_for_help(arguments: Sequence[str]) -> bool:

@@ -29,7 +29,8 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if "--list" in args:
-        print(list_recipes())
+        with cli.page():
+            print(list_recipes())
         sys.exit()
     name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
     return cli.parse(build_recipe(name), args, prog=f"{PROG} {name}", about=__doc__)

@@ -146,8 +146,21 @@ def test_the_list_has_a_line_for_each_recipe(capsys: pytest.CaptureFixture[str])
             ]
 
 
-def test_a_reader_may_leave_before_the_help_page_ends() -> None:
-    command = f"{shlex.quote(sys.executable)} -m dist_contrastive.pack --help | head -n 1"
+@pytest.mark.parametrize("page", ["pack --help", "train --help", "train --list"])
+def test_a_reader_may_leave_before_the_page_ends(page: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m dist_contrastive.{page} | head -n 1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60)
     assert done.stdout.count("\n") == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--help", "--list"])
+def test_one_rank_of_a_host_shows_the_page(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for local_rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(SystemExit) as stop:
+            train.main([option])
+        assert not stop.value.code
+        assert bool(capsys.readouterr().out) == (local_rank == "0")
