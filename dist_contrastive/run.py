@@ -240,7 +240,10 @@ class Run:
         for remark in preflight.remarks(config, self.dataset.manifest.num_train):
             say(remark)
         if start == "resume":
-            say(f"goes on after step {trainer.step} of {trainer.total_steps}")
+            done = (
+                f"goes on after step {trainer.step}" if trainer.step else "no checkpoint is there: starts from step 1"
+            )
+            say(f"{done} of {trainer.total_steps}")
 
     def batches(self) -> Epoch:
         """What is left of the current epoch, for this rank."""
@@ -344,6 +347,11 @@ class Run:
     def conclude(self) -> None:
         """The last probe, the encoder for others to use, the report, and DONE."""
         config, trainer = self.config, self.trainer
+
+        def seconds() -> dict[str, float]:
+            self.times.lap("report")
+            return self.times.seconds
+
         self.score(config.epochs)
         report = collect_report(
             config,
@@ -356,6 +364,7 @@ class Run:
             probe=self.summary(),
             machine=self.machine,
             starts=self.starts,
+            seconds=seconds,
         )
         text = {
             "config": json.dumps(to_dict(config)),
@@ -365,11 +374,10 @@ class Run:
         encoder, projector = "encoder.safetensors", "projector.safetensors"
         self.write(encoder, lambda folder: save_module(folder.path / encoder, trainer.method.encoder, text))
         self.write(projector, lambda folder: save_module(folder.path / projector, trainer.method.projector, text))
-        self.times.lap("report")
 
         def write(folder: RunFolder) -> None:
             if report and self.metrics:
-                page = write_report(dataclasses.replace(report, seconds=self.times.seconds))
+                page = write_report(report)
                 self.metrics.conclude(trainer.step, flatten(report.config), page.parent / "plots")
 
         self.write("report.html", write)

@@ -21,7 +21,7 @@ from dist_contrastive.config import to_dict
 from dist_contrastive.recipes import RECIPES
 from dist_contrastive.report import PLOT_NAMES, SECTIONS, RunReport, write_report
 from dist_contrastive.report.curves import learning_rate, loss, per_class, positive_cosine, throughput
-from dist_contrastive.report.inputs import Section
+from dist_contrastive.report.inputs import Section, unit_rows
 from dist_contrastive.report.style import STYLE
 from dist_contrastive.schedules import ema_momentum
 from dist_contrastive.schedules import learning_rate as scheduled_rate
@@ -84,7 +84,7 @@ def whole_run(folder: Path, num_samples: int = 240) -> RunReport:
             {"step": 0, "time": "2026-11-24T10:00:00+00:00"}, {"step": 50, "time": "2026-11-24T11:00:00+00:00"},
             {"step": 50, "time": "2026-11-24T12:00:00+00:00"},
         ],
-        seconds={"training": 700.0, "probes": 50.0, "report": 4.2},
+        seconds=lambda: {"training": 700.0, "probes": 50.0, "report": 4.2},
     )  # fmt: skip
 
 
@@ -167,6 +167,32 @@ def test_the_page_says_with_what_and_when_the_run_ran(whole: tuple[Path, str]) -
         "training 11 min 40 s (93 %)", "probes 50 s (7 %)", "report 4.2 s (1 %)",
     ):  # fmt: skip
         assert words in re.sub(r"\s+", " ", text), words
+
+
+def test_the_time_counts_the_drawing_of_pictures(tmp_path: Path) -> None:
+    pictures: list[str] = []
+
+    def seconds() -> dict[str, float]:
+        pictures.extend(path.stem for path in (tmp_path / "plots").glob("*.png"))
+        return {"report": 4.2}
+
+    write_report(replace(whole_run(tmp_path), seconds=seconds))
+    assert sorted(pictures) == sorted(PLOT_NAMES)
+
+
+def test_the_protocol_is_short_whatever_the_number_of_classes(tmp_path: Path) -> None:
+    inputs = whole_run(tmp_path)
+    classes = [f"class number {label}" for label in range(1000)]
+    probe = {**(inputs.probe or {}), "protocol": {"knn_k": 200, "classes": classes}}
+    text = write_report(replace(inputs, probe=probe)).read_text()
+    assert "knn_k" in text
+    assert classes[500] not in text
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-15, 1.0, 1e30])
+def test_directions_do_not_depend_on_the_length_of_features(size: float) -> None:
+    features = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32) * np.float32(size)
+    np.testing.assert_allclose(unit_rows(features), [[0.6, 0.8], [0.0, 0.0]], rtol=1e-6)
 
 
 def test_nothing_is_folded(whole: tuple[Path, str]) -> None:
@@ -327,7 +353,7 @@ def test_whatever_comes_from_outside_is_escaped(tmp_path: Path) -> None:
         class_names=[evil, "$x^2", "a_b{", "\n", "ü", ""],
         machine={evil: evil, "dist_contrastive": evil, "commit": evil},
         starts=[{"step": evil, "time": evil}, {"step": evil, "time": evil}],
-        seconds={evil: 1.0},
+        seconds=lambda: {evil: 1.0},
         probe={**(inputs.probe or {}), "protocol": {evil: [evil], "knn_k": evil}},
         metrics=[{"step": 1, "loss": evil}, {"loss": 3.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 2.0}],
     )

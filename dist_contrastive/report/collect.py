@@ -1,6 +1,6 @@
 """Gathers what a run's report shows: features of test images, their spectra, the images, some augmented views."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,8 +37,9 @@ def collect_report(
     probe: Mapping[str, Any] | None,
     machine: Mapping[str, Any],
     starts: Sequence[Mapping[str, Any]],
+    seconds: Callable[[], Mapping[str, float]],
 ) -> RunReport | None:
-    """The report's inputs on rank 0, None elsewhere, but for `seconds`; all ranks call it, since all of them encode."""
+    """The report's inputs on rank 0, None elsewhere; all ranks call it, since all of them encode."""
     split, samples = (TEST, "test images") if dataset.manifest.num_test else (TRAIN, "training images")
     indices = dataset.indices(split)
     indices = np.sort(indices[rng.permutation(config.seed, 0, len(indices))[:MAX_SAMPLES]])
@@ -71,6 +72,7 @@ def collect_report(
         originals=originals,
         machine=machine,
         starts=starts,
+        seconds=seconds,
     )
 
 

@@ -55,7 +55,8 @@ def spectrum(inputs: RunReport) -> tuple[Section, Figure | None]:
         title,
         f"How the variance of the {inputs.samples}' features spreads over their directions. A flat, long curve means that many "
         "directions carry information; training should lift its right part above the untrained encoder's. A curve that "
-        "drops to nothing after a few directions is dimensional collapse: the features are redundant.",
+        "drops to nothing after a few directions is dimensional collapse: the features are redundant. The effective ranks here "
+        "are without the features' mean, and so are not the score of that name, which counts the mean as a direction.",
     ), figure
 
 

@@ -1,7 +1,7 @@
 """What a report is made of, and how its sections read it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -49,8 +49,9 @@ class RunReport:
     """What the run ran on, name -> value, shown in this order."""
     starts: Sequence[Mapping[str, Any]] = ()
     """When it was started and each time resumed: after which `step`, and at what `time`."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Where its time went: seconds by part, all of them together its duration."""
+    seconds: Callable[[], Mapping[str, float]] = dict
+    """Where its time went up to the call: seconds by part, all of them together its duration. Asked when the pictures, which
+    take long, are drawn."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 def unit_rows(features: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1, float32; zero rows stay zero."""
-    rows = np.asarray(features, dtype=np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    rows = np.asarray(features, dtype=np.float64)  # in which no square of a float32 is lost
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return (rows / np.where(norms > 0, norms, 1.0)).astype(np.float32)
 
 
 def class_name(inputs: RunReport, label: int) -> str:

@@ -53,7 +53,7 @@ dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; }
 
 def build_page(inputs: RunReport, sections: Sequence[Section], plots: Path) -> str:
     """The whole page; whatever comes from outside is escaped here and in `_table`."""
-    flat = flatten(inputs.config)
+    flat, seconds = flatten(inputs.config), inputs.seconds()
     name = str(flat.get("recipe") or inputs.run_dir.name)
     shown = [section for section in sections if not section.missing]
     left_out = [section for section in sections if section.missing]
@@ -61,9 +61,9 @@ def build_page(inputs: RunReport, sections: Sequence[Section], plots: Path) -> s
     tables = [
         (anchor, title, values)
         for anchor, title, values in (
-            ("course", "When it ran, and where its time went", _course(inputs)),
+            ("course", "When it ran, and where its time went", _course(inputs, seconds)),
             ("machine", "Machine", flatten(inputs.machine)),
-            ("protocol", "Protocol of the probe", flatten((inputs.probe or {}).get("protocol") or {})),
+            ("protocol", "Protocol of the probe", _protocol(inputs.probe or {})),
             ("configuration", "Configuration", flat),
         )
         if values
@@ -72,7 +72,7 @@ def build_page(inputs: RunReport, sections: Sequence[Section], plots: Path) -> s
     nav = " · ".join(f'<a href="#{anchor}">{html.escape(title)}</a>' for anchor, title in entries)
     body = [
         f"<header><h1>{html.escape(_headline(flat, name))}</h1>",
-        _summary(inputs, flat, order),
+        _summary(inputs, flat, order, seconds),
         f"<nav>{nav}</nav>" if nav else "",
         "</header>",
     ]
@@ -113,7 +113,7 @@ def _with_places(text: str, position: int, order: Sequence[str]) -> str:
     return re.sub(r" \[\[(\w+)\]\]", place, html.escape(text))
 
 
-def _summary(inputs: RunReport, flat: Mapping[str, Any], order: Sequence[str]) -> str:
+def _summary(inputs: RunReport, flat: Mapping[str, Any], order: Sequence[str], seconds: Mapping[str, float]) -> str:
     """The scores beside their baselines in words and as a table, then the run in a few facts."""
     probe = inputs.probe or {}
     parts = []
@@ -160,7 +160,9 @@ def _summary(inputs: RunReport, flat: Mapping[str, Any], order: Sequence[str]) -
     else:
         parts.append('<p class="notice">This run was not probed, so there are no scores.</p>')
     parts.append(free)
-    facts = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in _facts(inputs, flat).items())
+    facts = "".join(
+        f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in _facts(inputs, flat, seconds).items()
+    )
     return "".join(parts) + "<dl>" + facts.replace("<dt>", "<div><dt>").replace("</dd>", "</dd></div>") + "</dl>"
 
 
@@ -184,6 +186,11 @@ def _score_table(
     )
     headings = "".join(f"<th>{html.escape(heading)}</th>" for heading in (title, *(heading for heading, _ in columns)))
     return f'<div class="scroll"><table class="scores"><thead><tr>{headings}</tr></thead><tbody>{cells}</tbody></table></div>'
+
+
+def _protocol(probe: Mapping[str, Any]) -> dict[str, Any]:
+    """How the scores came about, without the classes' names, of which there may be thousands."""
+    return {name: value for name, value in flatten(probe.get("protocol") or {}).items() if name != "classes"}
 
 
 def _knn_label(probe: Mapping[str, Any]) -> str:
@@ -215,7 +222,7 @@ def _best(probe: Mapping[str, Any]) -> str:
     return f'<p class="dim">{html.escape(text)}</p>'
 
 
-def _facts(inputs: RunReport, flat: Mapping[str, Any]) -> dict[str, str]:
+def _facts(inputs: RunReport, flat: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, str]:
     """The run in a few words, label -> text, without what is not known."""
     facts: dict[str, str] = {}
 
@@ -233,7 +240,7 @@ def _facts(inputs: RunReport, flat: Mapping[str, Any]) -> dict[str, str]:
     add("Global batch", flat.get("batch.size"), "{} images")
     add("Seed", flat.get("seed"))
     add("Ranks", inputs.machine.get("ranks"))
-    add("Duration", _duration(sum(inputs.seconds.values())) if inputs.seconds else None)
+    add("Duration", _duration(sum(seconds.values())) if seconds else None)
     add("Resumed", _times(len(inputs.starts) - 1) if inputs.starts else None)
     rates = series(inputs.metrics, "images_per_s")[1]
     add("Throughput", float(np.median(rates)) if len(rates) else None, "{:,.0f} images/s")
@@ -248,15 +255,15 @@ def _times(count: int) -> str:
     return {0: "never", 1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
-def _course(inputs: RunReport) -> dict[str, Any]:
+def _course(inputs: RunReport, seconds: Mapping[str, float]) -> dict[str, Any]:
     """When the run was started and resumed, and its time by part, the longest first."""
     rows: dict[str, Any] = {}
     if inputs.starts:
         rows["started"] = inputs.starts[0]["time"]
         rows["resumed"] = [f"after step {start['step']}: {start['time']}" for start in inputs.starts[1:]] or "never"
-    total = sum(inputs.seconds.values())
-    for part, seconds in sorted(inputs.seconds.items(), key=lambda item: -item[1]):
-        rows[part.replace("_", " ")] = f"{_duration(seconds)} ({100 * seconds / max(total, 1e-9):.0f} %)"
+    total = sum(seconds.values())
+    for part, spent in sorted(seconds.items(), key=lambda item: -item[1]):
+        rows[part.replace("_", " ")] = f"{_duration(spent)} ({100 * spent / max(total, 1e-9):.0f} %)"
     return rows
 
 
