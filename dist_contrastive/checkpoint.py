@@ -168,7 +168,11 @@ class CheckpointStore:
             }
         except safetensors.SafetensorError as error:
             raise Damaged(f"{path} holds no safetensors ({error})") from error
-        return Checkpoint(step=step, path=path, tensors=tensors, state=json.loads(contents[STATE]))
+        try:
+            state = dict(json.loads(contents[STATE]))
+        except (ValueError, TypeError) as error:
+            raise Damaged(f"{path / STATE} is not what a run writes ({error})") from error
+        return Checkpoint(step=step, path=path, tensors=tensors, state=state)
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies; None if there never was one.

@@ -208,6 +208,17 @@ def test_an_altered_byte_and_the_one_before_is_used(store: CheckpointStore, name
         store.load(200)
 
 
+@pytest.mark.parametrize("state", [b"[1, 2]", b"null", b"{"])
+def test_a_state_that_no_run_writes_and_the_one_before_is_used(store: CheckpointStore, state: bytes) -> None:
+    """Its sums are right: edited with care, or written by something else."""
+    path = store.path(200)
+    (path / "state.json").write_bytes(state)
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    manifest["sha256"]["state.json"] = hashlib.sha256(state).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert_falls_back(store)
+
+
 def test_whichever_byte_of_the_manifest_is_altered_nothing_wrong_is_loaded(store: CheckpointStore) -> None:
     path = store.path(200) / "manifest.json"
     data = path.read_bytes()

@@ -32,13 +32,6 @@ def automatic_k(train_y: Tensor) -> int:
 
 
 def knn_predict(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, *, num_classes: int, k: int, temperature: float
-) -> Tensor:
-    """The class int64 [M] of each of `test_x`, as `knn_predict_by_k` has it for one k."""
-    return knn_predict_by_k(train_x, train_y, test_x, num_classes=num_classes, ks=[k], temperature=temperature)[k]
-
-
-def knn_predict_by_k(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, *, num_classes: int, ks: Collection[int], temperature: float
 ) -> dict[int, Tensor]:
     """For each k the class int64 [M] of each of `test_x` [M, D] by weighted vote of its k nearest among `train_x` [N, D].

@@ -20,7 +20,7 @@ from dist_contrastive.config import AugmentConfig, DataConfig, ProbeConfig, requ
 from dist_contrastive.data.beton import Dataset
 from dist_contrastive.data.format import TEST, TRAIN
 from dist_contrastive.evaluation.features import extract, extract_views, raw_pixels
-from dist_contrastive.evaluation.knn import AUTOMATIC_K, BY_K, automatic_k, knn_predict_by_k
+from dist_contrastive.evaluation.knn import AUTOMATIC_K, BY_K, automatic_k, knn_predict
 from dist_contrastive.evaluation.linear import linear_probe
 from dist_contrastive.losses.statistics import alignment, effective_rank, uniformity
 from dist_contrastive.models.base import Encoder
@@ -145,7 +145,7 @@ class ProbeRunner:
                     train_x, train_y, test_x, test_y,
                     strengths=self.probe.strengths, holdout=self.probe.holdout, seed=self.seed,
                 )  # fmt: skip
-                by_k = knn_predict_by_k(
+                by_k = knn_predict(
                     train_x, train_y, test_x, num_classes=len(self.dataset.manifest.classes),
                     ks={self.knn_k, *(k for k in BY_K if k <= len(train_y))}, temperature=self.probe.knn_temperature,
                 )  # fmt: skip

@@ -99,10 +99,6 @@ class Simulation:
     def flops(self) -> int:
         return sum(operation.flops for operation in self.operations)
 
-    @property
-    def communicated_bytes(self) -> int:
-        return sum(collective.count * collective.bytes for collective in self.collectives)
-
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
