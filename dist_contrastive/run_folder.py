@@ -21,6 +21,7 @@ OWN_NAMES = (
     "probe.json", "probes", "plots", "report.html", "machine.json", "DONE",
 )  # fmt: skip
 CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 
 
@@ -74,7 +75,16 @@ class RunFolder:
             raise UserError(
                 f"{error.filename} can't be deleted ({error.strerror}); choose another --run-dir"
             ) from error
-        self.write_json(CONFIG, to_dict(config))
+        # Before config.json: a run that has one and no such folder has lost it.
+        checkpoints = self.path / CHECKPOINTS
+        is_new = not checkpoints.exists()
+        checkpoints.mkdir(exist_ok=True)
+        try:
+            self.write_json(CONFIG, to_dict(config))
+        except BaseException:
+            if is_new:
+                checkpoints.rmdir()
+            raise
 
     def recorded(self, name: str) -> Any:
         """The value of a field of the config that is there; None where there is neither."""
@@ -124,6 +134,11 @@ def start_of(path: Path, config: TrainConfig) -> Literal["fresh", "resume"]:
         raise UserError(
             f"{path} was started with another config ({'; '.join(differing)}); "
             "give the same one, --overwrite or another --run-dir"
+        )
+    if not _has(path / CHECKPOINTS):
+        raise UserError(
+            f"{path} has lost its folder {CHECKPOINTS}: going on would start over and cut the metrics; put it back, or pass "
+            "--overwrite or another --run-dir"
         )
     return "resume"
 

@@ -124,6 +124,7 @@ def test_overwrite_deletes_what_runs_write_and_nothing_else(tmp_path: Path) -> N
     outside = tmp_path / "big disk"
     outside.mkdir()
     (outside / "kept").write_text("")
+    (tmp_path / "checkpoints").rmdir()
     for name in OWN_NAMES:
         path = tmp_path / name
         if name == "checkpoints":
@@ -136,9 +137,23 @@ def test_overwrite_deletes_what_runs_write_and_nothing_else(tmp_path: Path) -> N
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "my plots").mkdir()
     assert open_once(tmp_path, replace(CONFIG, overwrite=True)) == "fresh"
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.json", "notes.txt", "my plots", "big disk"}
+    anew = {".lock", "config.json", "checkpoints"}
+    assert {path.name for path in tmp_path.iterdir()} == anew | {"notes.txt", "my plots", "big disk"}
+    assert not any((tmp_path / "checkpoints").iterdir())
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert (outside / "kept").exists()
+
+
+def test_a_run_that_has_lost_its_checkpoints_folder_does_not_start_over(tmp_path: Path) -> None:
+    assert open_once(tmp_path) == "fresh"
+    assert open_once(tmp_path) == "resume"
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "metrics.jsonl").write_text("kept")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"has lost its folder checkpoints: .*; put it back, or pass --overwrite"):
+        open_once(tmp_path)
+    assert contents(tmp_path) == before
+    assert open_once(tmp_path, replace(CONFIG, overwrite=True)) == "fresh"
 
 
 def test_overwrite_takes_an_empty_or_new_folder_as_well(tmp_path: Path) -> None:
