@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up a checkout on Debian or Ubuntu: FFCV's system packages where they are missing, a virtual environment in .venv,
-# the versions of constraints.txt, the package itself (editable) with its development tools.
+# the versions of constraints.txt, the package itself (editable) with its development tools and DeepSpeed. Where apt can be
+# used, Slurm and shellcheck as well, for the tests of slurm/; without them those tests are skipped.
 #
 #   scripts/setup.sh          PYTHON=/path/to/python chooses the interpreter (3.11 or newer)
 #
@@ -60,6 +61,35 @@ missing_packages() {
     printf '%s' "${missing[*]}"
 }
 
+# Names of the apt packages that only tests of slurm/ need.
+missing_test_packages() {
+    local missing=()
+    command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v srun >/dev/null || missing+=(slurm-wlm)
+    command -v munged >/dev/null || missing+=(munge)
+    command -v shellcheck >/dev/null || missing+=(shellcheck)
+    printf '%s' "${missing[*]}"
+}
+
+# What tests alone need may be missing: a word about it, and set-up goes on.
+install_test_packages() {
+    local packages as_root=()
+    packages=$(missing_test_packages)
+    [[ -n $packages ]] || return 0
+    local advice="tests of slurm/ will be skipped; they need: apt-get install -y --no-install-recommends $packages"
+    if [[ $(id -u) != 0 ]]; then
+        as_root=(sudo -n)
+    fi
+    if ! command -v apt-get >/dev/null || ! "${as_root[@]}" true 2>/dev/null; then
+        echo "$advice"
+        return 0
+    fi
+    echo "installing packages for tests: $packages"
+    local apt=("${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300)
+    "${apt[@]}" update || true
+    # shellcheck disable=SC2086 # a list of names
+    "${apt[@]}" install -y --no-install-recommends $packages >/dev/null || echo "$advice"
+}
+
 install_packages() {
     local packages as_root=()
     packages=$(missing_packages "$1")
@@ -86,7 +116,7 @@ install_packages() {
 install_python_packages() {
     export PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
     echo "installing Python packages into $venv (a few minutes and 6 GB the first time)"
-    "$venv/bin/python" -m pip install --quiet --editable '.[dev]' ||
+    "$venv/bin/python" -m pip install --quiet --editable '.[dev,deepspeed]' ||
         die "pip could not install the packages; its own message is above"
     "$venv/bin/python" -c 'import ffcv' ||
         die "FFCV was installed but cannot be imported; its own message is above"
@@ -103,6 +133,7 @@ main() {
         return
     fi
     install_packages "$base"
+    install_test_packages
     # pip takes a half-written package for an installed one, so what an interrupted run left behind is built anew, and so
     # is the environment of another interpreter or another place.
     if [[ -e $unfinished || $(describe_python "$venv/bin/python") != "$python" ]] ||
