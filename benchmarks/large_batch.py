@@ -26,8 +26,9 @@ from accelerate import Accelerator
 from dist_contrastive import cli
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import BatchConfig, require
-from dist_contrastive.memory_plan import TensorCount, example, measure_peak
 from dist_contrastive.recipes import build_recipe
+from dist_contrastive.step.memory import TensorCount, measure_peak
+from dist_contrastive.step.memory_plan import example
 from dist_contrastive.trainer import Trainer
 
 PROG = "python -m benchmarks.large_batch"
@@ -56,7 +57,7 @@ def trainer_and_batch(recipe: str, size: int, micro: int) -> tuple[Trainer, Batc
     trainer = Trainer(config, Accelerator(cpu=True), steps_per_epoch=1, dataset_sha256="")
     warm = example(config, 2 * micro)
     for _ in range(2):
-        trainer.large_batch.compute_gradient(warm, 0)
+        trainer.gradient.compute(warm, 0)
         trainer.method.zero_grad(set_to_none=True)
     return trainer, example(config, size)
 
@@ -66,13 +67,13 @@ def memory(recipe: str, size: int, micro: int) -> dict[str, float]:
     trainer, batch = trainer_and_batch(recipe, size, micro)
 
     def step() -> None:
-        trainer.large_batch.compute_gradient(batch, 0)
+        trainer.gradient.compute(batch, 0)
 
     resident = measure_peak(step, torch.device("cpu"))
     trainer.method.zero_grad(set_to_none=True)
     with TensorCount() as tensors:
         step()
-    embedding = trainer.large_batch.embedding_bytes(batch.samples(slice(0, 2))) / 2 * size
+    embedding = trainer.gradient.embedding_bytes(batch.samples(slice(0, 2))) / 2 * size
     return {"resident_mib": resident / MIB, "tensors_mib": tensors.peak / MIB, "embeddings_mib": embedding / MIB}
 
 
@@ -85,7 +86,7 @@ def timed(recipe: str, command: Command) -> dict[str, list[float]]:
             start = time.perf_counter()
             for number in range(parts):
                 size = command.size // parts
-                trainer.large_batch.compute_gradient(batch.samples(slice(number * size, (number + 1) * size)), 0)
+                trainer.gradient.compute(batch.samples(slice(number * size, (number + 1) * size)), 0)
                 trainer.method.zero_grad(set_to_none=True)
             times[name].append(1e3 * (time.perf_counter() - start) / command.size)
     return times

@@ -22,8 +22,9 @@ from accelerate import Accelerator
 
 from dist_contrastive import cli
 from dist_contrastive.batch import Share
-from dist_contrastive.memory_plan import USABLE, predict
 from dist_contrastive.recipes import build_recipe
+from dist_contrastive.step.memory import USABLE
+from dist_contrastive.step.memory_plan import predict
 from dist_contrastive.trainer import Trainer
 
 PROG = "python -m benchmarks.memory"
@@ -54,7 +55,7 @@ def plan(name: str, command: Command) -> dict[str, Any]:
     accelerator = Accelerator(cpu=True, mixed_precision="no" if command.precision == "fp32" else "bf16")
     trainer = Trainer(config, accelerator, steps_per_epoch=1, dataset_sha256="")
     rank_batch = Share(config.batch.size, num_ranks=command.ranks).rank_batch
-    memory = predict(trainer.large_batch, config, rank_batch, torch.device("cpu"), new_optimizer=True)
+    memory = predict(trainer.gradient, config, rank_batch)
     held = sum(t.numel() * t.element_size() for t in trainer.method.state_dict().values())
     usable = USABLE * (command.memory_gib * 1e9 - held - CONTEXT_GIB * GIB)
     micro = memory.largest(usable, rank_batch)

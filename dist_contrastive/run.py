@@ -149,8 +149,8 @@ class Run:
         self.progress = TrainingProgress(
             trainer.total_steps, trainer.step, config.epochs, visible=distributed.is_main()
         )
-        trainer.large_batch.say = self.progress.say
-        plan = trainer.plan_memory() if config.batch.micro == "auto" and not trainer.large_batch.micro else None
+        trainer.gradient.say = self.progress.say
+        plan = trainer.plan_memory() if config.batch.micro == "auto" and not trainer.gradient.micro else None
         if plan:
             self.machine["memory_plan"] = to_dict(plan)
             notes.append(plan.describe())

@@ -15,15 +15,16 @@ from torch import Tensor
 from dist_contrastive import distributed, liveness, rng
 from dist_contrastive.atomic import writing
 from dist_contrastive.batch import Batch, balanced_slices
-from dist_contrastive.checkpoint import Checkpoint, CheckpointStore, load_module, load_optimizer, optimizer_tensors
+from dist_contrastive.checkpoint import Checkpoint, CheckpointStore, load_module
 from dist_contrastive.config import TrainConfig, UserError, require, to_dict
 from dist_contrastive.data.augment import Augment
-from dist_contrastive.large_batch import LargeBatch, split
 from dist_contrastive.launch import precision_of
-from dist_contrastive.memory_plan import MemoryPlan, make_plan
 from dist_contrastive.methods import Method, method_of
 from dist_contrastive.models.encoders import build_encoder
 from dist_contrastive.optim import build_optimizer, learning_rate, peak_learning_rate
+from dist_contrastive.step.gradient import StepGradient, split
+from dist_contrastive.step.memory_plan import MemoryPlan, make_plan
+from dist_contrastive.step.replicas import DataParallel, OptimizerState, Replicas
 
 # A loss scaler that had to go below this no longer helps: the gradients themselves are not finite.
 SMALLEST_LOSS_SCALE = 1.0
@@ -47,7 +48,7 @@ class Trainer:
     Attributes:
         step: how many updates are done, as everywhere: "step 5" is the state after five of them, or in messages the fifth
             update itself. The cursor is `step` times the global batch.
-        method: the bare module; `large_batch` has its DDP wrapper.
+        method: the bare module; `replicas` has what wraps it for training.
         stopping: whether the ranks have agreed to stop (a signal reached one of them).
     """
 
@@ -73,16 +74,15 @@ class Trainer:
         self._dataset_sha256 = dataset_sha256
         self.method = build_method(config)
         self.num_parameters = sum(p.numel() for p in self.method.parameters())
-        self._torch_optimizer = build_optimizer(config.optim, self.method)
-        self.large_batch = LargeBatch(
-            self.method,
-            accelerator,
+        optimizer = build_optimizer(config.optim, self.method)
+        self.replicas: Replicas = DataParallel(self.method, optimizer, accelerator)
+        self.gradient = StepGradient(
+            self.replicas,
             Augment(config.augment, config.seed),
             seed=config.seed,
             micro=0 if config.batch.micro == "auto" else config.batch.micro,
             fewest=fewest,
         )
-        self._optimizer = accelerator.prepare(self._torch_optimizer)
         self.store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep)
 
     @property
@@ -119,19 +119,18 @@ class Trainer:
         """
         liveness.at_step(self.step + 1)
         rate = self._set_learning_rate()
-        outcome = self.large_batch.compute_gradient(batch, self.step)
-        grad_norm = self._clip_gradient()
+        outcome = self.gradient.compute(batch, self.step)
+        grad_norm = self.replicas.norm_and_clip(self.config.optim.clip_norm)
         values = self._agree({**outcome.losses, **outcome.report}, grad_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self.replicas.update()
         self.step += 1
         self.method.after_step(self.step / self.total_steps, outcome.embeddings)
         return {**values, "learning_rate": rate}
 
     def plan_memory(self) -> MemoryPlan:
         """Find the micro-batch for this machine, and use it from now on; all ranks call it together."""
-        plan = make_plan(self.large_batch, self.config, self.device, new_optimizer=not self._torch_optimizer.state)
-        self.large_batch.micro = plan.micro
+        plan = make_plan(self.gradient, self.config)
+        self.gradient.micro = plan.micro
         return plan
 
     def learning_rate(self, step: int) -> float:
@@ -152,18 +151,9 @@ class Trainer:
 
     def _set_learning_rate(self) -> float:
         rate = self.learning_rate(self.step)
-        for group in self._torch_optimizer.param_groups:
+        for group in self.replicas.optimizer.param_groups:
             group["lr"] = rate
         return rate
-
-    def _clip_gradient(self) -> Tensor:
-        """The norm of the whole gradient before clipping, a scalar; equal on all ranks, as DDP has averaged."""
-        self.accelerator.unscale_gradients()
-        parameters = [p for p in self.method.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.config.optim.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm)
-        return norm
 
     def _agree(self, values: dict[str, Tensor], grad_norm: Tensor) -> dict[str, float]:
         """Means of `values` over ranks; what one rank knows (a bad number, a signal to stop), all know after this."""
@@ -179,9 +169,9 @@ class Trainer:
         bad_ranks = [rank for rank in range(ranks) if numbers[len(names) + 1 + rank] > 0]
         if bad_ranks:
             raise NonFiniteError(self._diverged(f"the loss is not finite on rank(s) {bad_ranks}"))
-        scaler = self.accelerator.scaler
+        scale = self.replicas.loss_scale
         # Under fp16 an overflow is routine as long as the scaler can still go lower: it skips the update by itself.
-        if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < SMALLEST_LOSS_SCALE):
+        if not math.isfinite(norm) and (scale is None or scale < SMALLEST_LOSS_SCALE):
             raise NonFiniteError(self._diverged("the gradient is not finite"))
         return {**dict(zip(names, numbers, strict=False)), "grad_norm": norm}
 
@@ -216,10 +206,9 @@ class Trainer:
 
         Raises `UserError` on all ranks when it can't be written; the older checkpoints are untouched then.
         """
+        optimizer = self.replicas.state()
 
         def write() -> None:
-            optimizer, optimizer_rest = optimizer_tensors(self._torch_optimizer)
-            scaler = self.accelerator.scaler
             state = {
                 "step": self.step,
                 "cursor": self.step * self.config.batch.size,
@@ -227,13 +216,13 @@ class Trainer:
                 "dataset_sha256": self._dataset_sha256,
                 "precision": precision_of(self.accelerator),
                 "ranks": distributed.world_size(),
-                "micro": self.large_batch.micro,
-                "optimizer": optimizer_rest,
-                "scaler": scaler.state_dict() if scaler else None,
+                "micro": self.gradient.micro,
+                "optimizer": optimizer.rest,
+                "scaler": optimizer.scaler,
                 "extra": extra,
             }
             with writing(f"{self.store.path(self.step)}, the checkpoint of step {self.step},", self.goes_on):
-                self.store.save(self.step, {"model": self.method.state_dict(), "optimizer": optimizer}, state)
+                self.store.save(self.step, {"model": self.method.state_dict(), "optimizer": optimizer.tensors}, state)
 
         distributed.together(lambda: write() if distributed.is_main() else None)
 
@@ -254,12 +243,10 @@ class Trainer:
             f"the run was started in {state['precision']}, not {precision}; pass --launch.precision {state['precision']}",
         )
         load_module(self.method, checkpoint.tensors["model"])
-        load_optimizer(self._torch_optimizer, checkpoint.tensors["optimizer"], state["optimizer"])
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.replicas.load(OptimizerState(checkpoint.tensors["optimizer"], state["optimizer"], state["scaler"]))
         # A micro-batch that was found or forced stays what it was, for BatchNorm's sake, where it was for the same share.
         if state["ranks"] == distributed.world_size() and state["config"]["batch"] == to_dict(self.config)["batch"]:
-            self.large_batch.micro = state["micro"]
+            self.gradient.micro = state["micro"]
         self.step = state["step"]
         extra: dict[str, Any] = state["extra"]
         return extra
@@ -297,7 +284,7 @@ class Trainer:
                 return {sum(together, ()) for together in zip(*of_ranks, strict=True)}
             return {one for of_rank in of_ranks for one in of_rank}
 
-        now_ranks, now_micro = distributed.world_size(), self.large_batch.micro
+        now_ranks, now_micro = distributed.world_size(), self.gradient.micro
         if self.config.encoder.norm == "group" or groups(ranks, micro) == groups(now_ranks, now_micro):
             return ""
         before, now = (

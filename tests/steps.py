@@ -8,10 +8,11 @@ from accelerate.state import AcceleratorState
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import EncoderConfig, HeadConfig
 from dist_contrastive.distributed import rank, world_size
-from dist_contrastive.large_batch import Augmentation, LargeBatch
 from dist_contrastive.methods import METHODS, Method
 from dist_contrastive.methods.base import Losses
 from dist_contrastive.models.encoders import build_encoder
+from dist_contrastive.step.gradient import Augmentation, StepGradient
+from dist_contrastive.step.replicas import DataParallel
 
 GLOBAL_BATCH = 8
 SIDE = 16
@@ -47,11 +48,15 @@ def as_it_is(batch: Batch, device: torch.device) -> Batch:
     return batch
 
 
-def large_batch(method: Method, micro: int, precision: str = "no", augmentation: Augmentation = as_it_is) -> LargeBatch:
+def step_gradient(
+    method: Method, micro: int, precision: str = "no", augmentation: Augmentation = as_it_is
+) -> StepGradient:
     AcceleratorState._reset_state(
         reset_partial_state=True
     )  # another test of this process may have had another precision
-    return LargeBatch(method, Accelerator(cpu=True, mixed_precision=precision), augmentation, seed=0, micro=micro)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.0)
+    replicas = DataParallel(method, optimizer, Accelerator(cpu=True, mixed_precision=precision))
+    return StepGradient(replicas, augmentation, seed=0, micro=micro)
 
 
 def gradient_of(method: Method) -> dict[str, np.ndarray]:

@@ -13,9 +13,9 @@ from dist_contrastive.config import EncoderConfig
 from dist_contrastive.losses import blocks
 from dist_contrastive.losses.infonce import indexed_nce, nt_xent, queue_nce, supervised
 from dist_contrastive.losses.margin import margin_loss
-from dist_contrastive.memory_plan import TensorCount
 from dist_contrastive.methods.simclr import SimCLR, SimCLRConfig
 from dist_contrastive.models.encoders import build_encoder
+from dist_contrastive.step.memory import TensorCount
 from tests.harness import run_ranks
 
 

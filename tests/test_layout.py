@@ -19,7 +19,7 @@ LEVELS = {
     "out_of_memory": 0, "liveness": 0,
     "losses": 1, "models": 1, "data": 1, "optim": 1,
     "methods": 2, "evaluation": 2,
-    "checkpoint": 3, "metrics": 3, "large_batch": 3, "memory_plan": 3, "report": 3, "run_folder": 3, "launch": 3, "progress": 3,
+    "checkpoint": 3, "metrics": 3, "step": 3, "report": 3, "run_folder": 3, "launch": 3, "progress": 3,
     "trainer": 3, "preflight": 3, "simulate": 3, "trial": 3, "weights": 3,
     "recipes": 4, "run": 4, "score": 4,
     "train": 5, "pack": 5, "probe": 5, "export": 5, "serve": 5, "study": 5,

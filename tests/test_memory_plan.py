@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from dist_contrastive import memory_plan
 from dist_contrastive.config import BatchConfig, TrainConfig, UserError
 from dist_contrastive.launch import connect
-from dist_contrastive.memory_plan import StepMemory, TensorCount, measure_peak, rounded
+from dist_contrastive.step import memory
+from dist_contrastive.step.memory import TensorCount, measure_peak
+from dist_contrastive.step.memory_plan import StepMemory, rounded
 from dist_contrastive.trainer import Trainer
 from tests.harness import RankError, run_ranks
 from tests.runs import losses_of, newest_checkpoint, tiny_config, train_on_rank, write_dataset
@@ -130,7 +131,7 @@ def test_too_little_memory_names_the_queue(dataset: Path, tmp_path: Path) -> Non
 
 def train_where_nothing_tells(rank: int, config: TrainConfig) -> None:
     if rank == 1:
-        memory_plan.RESET_PEAK = Path("/nonexistent")
+        memory.RESET_PEAK = Path("/nonexistent")
     train_on_rank(rank, config)
 
 
@@ -145,7 +146,7 @@ def state_around_planning(rank: int, config: TrainConfig) -> list[str]:
     before = {name: value.clone() for name, value in trainer.method.state_dict().items()}
     trainer.plan_memory()
     assert all(p.grad is None for p in trainer.method.parameters())
-    assert not trainer._torch_optimizer.state
+    assert not trainer.replicas.optimizer.state
     return [name for name, value in trainer.method.state_dict().items() if not torch.equal(value, before[name])]
 
 

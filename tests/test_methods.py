@@ -31,7 +31,7 @@ from tests.runs import (
     train_on_rank,
     write_dataset,
 )  # fmt: skip
-from tests.steps import build, gradient_of, large_batch, share_of_batch
+from tests.steps import build, gradient_of, share_of_batch, step_gradient
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 
@@ -108,7 +108,7 @@ def test_a_teacher_gets_no_gradient_and_moves_only_after_a_step(name: str) -> No
     method = build(name, GROUP)
     teacher = teacher_of(method)
     before = copy.deepcopy(teacher.state_dict())
-    outcome = large_batch(method, 3).compute_gradient(share_of_batch(method), 0)
+    outcome = step_gradient(method, 3).compute(share_of_batch(method), 0)
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     assert not any(n.startswith("teacher.") for n in gradient_of(method))
     assert all(torch.equal(value, before[n]) for n, value in teacher.state_dict().items())

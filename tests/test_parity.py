@@ -13,7 +13,7 @@ import torch
 from dist_contrastive.config import EncoderConfig
 from dist_contrastive.methods import METHODS
 from tests.harness import run_ranks
-from tests.steps import build, gradient_of, large_batch, share_of_batch
+from tests.steps import build, gradient_of, share_of_batch, step_gradient
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 BATCH = replace(GROUP, norm="batch")
@@ -39,7 +39,7 @@ def direct_gradient(rank: int, name: str, encoder: EncoderConfig) -> dict[str, n
 def gradient_of_share(rank: int, name: str, encoder: EncoderConfig, micro: int) -> dict[str, np.ndarray]:
     """The same as the trainer computes it, from this rank's share."""
     method = build(name, encoder)
-    large_batch(method, micro).compute_gradient(share_of_batch(method, SEED[encoder.norm]), 0)
+    step_gradient(method, micro).compute(share_of_batch(method, SEED[encoder.norm]), 0)
     return gradient_of(method)
 
 

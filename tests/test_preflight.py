@@ -23,10 +23,10 @@ from dist_contrastive.config import (
     UserError,
 )  # fmt: skip
 from dist_contrastive.data.beton import open_dataset
-from dist_contrastive.large_batch import split
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.cpc import CPCConfig
 from dist_contrastive.methods.moco import MoCoConfig
+from dist_contrastive.step.gradient import split
 from dist_contrastive.trainer import build_method
 from dist_contrastive.trial import fewest_samples
 from tests.harness import RankError, run_ranks

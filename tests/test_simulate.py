@@ -21,7 +21,6 @@ from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import BatchConfig, EncoderConfig, TrainConfig, UserError
 from dist_contrastive.launch import PRECISIONS, connect
-from dist_contrastive.memory_plan import TensorCount, example
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.base import Embeddings, Losses
 from dist_contrastive.methods.simclr import SimCLR
@@ -33,11 +32,13 @@ from dist_contrastive.simulate.autograd import python_engine
 from dist_contrastive.simulate.patches import attribute, patched
 from dist_contrastive.simulate.rank import simulate_here
 from dist_contrastive.simulate.watch import Watch
+from dist_contrastive.step.memory import TensorCount
+from dist_contrastive.step.memory_plan import example
 from dist_contrastive.trainer import Trainer, build_method
 from tests.harness import run_ranks
 from tests.launches import launch_config_of
 from tests.runs import tiny_config
-from tests.steps import build, gradient_of, large_batch, share_of_batch
+from tests.steps import build, gradient_of, share_of_batch, step_gradient
 
 BATCH = EncoderConfig(name="resnet10_w16", stem="small", norm="batch")
 
@@ -54,9 +55,9 @@ def pool() -> Iterator[ProcessPoolExecutor]:
 
 def gradient_and_peak(name: str, encoder: EncoderConfig, micro: int) -> tuple[dict[str, np.ndarray], int]:
     method = build(name, encoder)
-    step = large_batch(method, micro)
+    step = step_gradient(method, micro)
     with TensorCount() as tensors:
-        step.compute_gradient(share_of_batch(method), 0)
+        step.compute(share_of_batch(method), 0)
     return gradient_of(method), tensors.peak
 
 
@@ -144,11 +145,11 @@ def test_collectives_are_those_of_the_closed_form(pool: ProcessPoolExecutor) -> 
     assert take("allgather", "methods/simclr.py", "loss") == [(1, embeddings)]
     # Are all there? Before the gather, before its backward pass, and at the end of each of a step's four attempts.
     assert take("allreduce", "methods/simclr.py", "loss") == [(1, message)]
-    assert sorted(take("allreduce", "large_batch.py", "_loss_gradient")) == sorted([(1, message), (1, embeddings)])
-    assert take("allreduce", "large_batch.py", "_attempt") == [(4, message)]
+    assert sorted(take("allreduce", "gradient.py", "_loss_gradient")) == sorted([(1, message), (1, embeddings)])
+    assert take("allreduce", "gradient.py", "_attempt") == [(4, message)]
     # loss and positive cosine, whether to stop, and whose loss is finite.
     assert take("allreduce", "trainer.py", "_agree") == [(1, 4 * (2 + 1 + ranks))]
-    assert sum(count * size for count, size in take("allreduce", "large_batch.py", "_average")) == 4 * found.parameters
+    assert sum(count * size for count, size in take("allreduce", "replicas.py", "_average")) == 4 * found.parameters
     assert left == []
 
 

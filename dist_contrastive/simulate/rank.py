@@ -7,13 +7,14 @@ from torch import Tensor
 
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import TrainConfig, require
-from dist_contrastive.large_batch import WHAT_NEEDS_LESS
 from dist_contrastive.launch import connect
-from dist_contrastive.memory_plan import TensorCount, example, predict
 from dist_contrastive.methods.base import Embeddings
 from dist_contrastive.simulate.device import fake_cuda, pin
 from dist_contrastive.simulate.findings import Precision, Simulation
 from dist_contrastive.simulate.watch import Watch
+from dist_contrastive.step.gradient import WHAT_NEEDS_LESS
+from dist_contrastive.step.memory import TensorCount
+from dist_contrastive.step.memory_plan import example, predict
 from dist_contrastive.trainer import Trainer
 
 UPDATES = 2
@@ -40,7 +41,7 @@ def simulate_here(
         accelerator = connect(config)
         trainer = Trainer(config, accelerator, steps_per_epoch=100, dataset_sha256="")
         if size == "auto":
-            trainer.large_batch.micro = _predicted_micro(trainer, config.batch.size // ranks)
+            trainer.gradient.micro = _predicted_micro(trainer, config.batch.size // ranks)
             memory.peak = memory.live
         embedding_bytes = _note_embeddings(trainer)
         batch = _batch(config, config.batch.size // ranks, logged)
@@ -53,7 +54,7 @@ def simulate_here(
     return Simulation(
         ranks=ranks,
         rank_batch=len(batch.labels),
-        micro=min(trainer.large_batch.micro or len(batch.labels), len(batch.labels)),
+        micro=min(trainer.gradient.micro or len(batch.labels), len(batch.labels)),
         precision=precision,
         parameters=sum(p.numel() for p in trainer.method.parameters() if p.requires_grad),
         model_bytes=sum(_size(x) for x in model),
@@ -70,7 +71,7 @@ def simulate_here(
 def _predicted_micro(trainer: Trainer, rank_batch: int) -> int:
     """The micro-batch that the memory plan would try first."""
     config = trainer.config
-    memory = predict(trainer.large_batch, config, rank_batch, trainer.device, new_optimizer=True)
+    memory = predict(trainer.gradient, config, rank_batch)
     micro = memory.largest(config.batch.memory_gib * 2**30, rank_batch)
     require(
         micro > 0,

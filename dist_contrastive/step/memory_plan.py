@@ -4,30 +4,19 @@ Three small rehearsals of a step, in which every tensor is counted, tell what a 
 and for the loss over the whole batch. From these follows a micro-batch; a rehearsal with it measures the real peak.
 """
 
-import resource
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch, largest_micro
-from dist_contrastive.config import TrainConfig, UserError, require
-from dist_contrastive.large_batch import WHAT_NEEDS_LESS, LargeBatch, release_memory
+from dist_contrastive.config import TrainConfig, UserError
 from dist_contrastive.optim import STATES_PER_PARAMETER
+from dist_contrastive.step.gradient import WHAT_NEEDS_LESS, StepGradient
+from dist_contrastive.step.memory import TensorCount, measure_peak, release_memory, usable_bytes
 
 MIB = 2**20
-USABLE = 0.9
-"""Part of the free memory that a step may take: allocators and libraries need some that no tensor shows."""
 SMALL = 4
 """Samples of the smaller counted rehearsal; the larger has twice as many."""
 MAX_TRIALS = 8
@@ -35,48 +24,6 @@ FIRST_TRIAL = 4
 """The first trial has this part of the samples that the count allows."""
 TIGHTER = 1.1
 """How much more than before a step is taken to need, at least, after a trial that took more than there is."""
-
-RESET_PEAK = Path("/proc/self/clear_refs")
-STATUS = Path("/proc/self/status")
-CGROUP = Path("/sys/fs/cgroup")
-
-
-class TensorCount(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made within the context, on devices of one type or, without one, on any.
-
-    Attributes:
-        live: bytes that are held now.
-        peak: the most that was held at once.
-    """
-
-    def __init__(self, device_type: str | None = None) -> None:
-        super().__init__()
-        self._device_type = device_type
-        self.live = 0
-        self.peak = 0
-        self._known = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in tree_leaves((args, kwargs)):  # what comes from outside is not counted, nor are views of it
-            if isinstance(tensor, Tensor):
-                self._known[tensor.untyped_storage()] = None
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if not isinstance(tensor, Tensor) or tensor.untyped_storage() in self._known:
-                continue
-            if self._device_type in (None, tensor.device.type):
-                self._count(tensor.untyped_storage())
-        return output
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        size = storage.nbytes()
-        self._known[storage] = None
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._release, size)
-
-    def _release(self, size: int) -> None:
-        self.live -= size
 
 
 @dataclass(frozen=True)
@@ -132,27 +79,27 @@ class MemoryPlan:
         )
 
 
-def make_plan(large_batch: LargeBatch, config: TrainConfig, device: torch.device, *, new_optimizer: bool) -> MemoryPlan:
+def make_plan(gradient: StepGradient, config: TrainConfig) -> MemoryPlan:
     """Find the micro-batch. All ranks call it together and get the same plan; nothing of the run is changed.
 
-    `new_optimizer` says whether the optimizer has yet to make its state. `UserError` on all ranks where memory can't be
-    measured, or holds no micro-batch.
+    `UserError` on all ranks where memory can't be measured, or holds no micro-batch.
     """
+    device = gradient.replicas.device
     rank_batch = distributed.share_of(config.batch.size).rank_batch
     limit = -_largest(-distributed.together(lambda: usable_bytes(config, device)), device)
     try:
-        memory = predict(large_batch, config, rank_batch, device, new_optimizer=new_optimizer)
+        memory = predict(gradient, config, rank_batch)
         hidden = 1.0  # how much more than its tensors a step takes: what libraries allocate inside an operation
         for trial in range(MAX_TRIALS):
             held = int(-_largest(-memory.largest(limit / hidden, rank_batch), device))
-            micro = largest_micro(rank_batch, held, large_batch.fewest)
+            micro = largest_micro(rank_batch, held, gradient.fewest)
             if not micro:
                 break
             # The first trial is a small one, for what the count did not see.
-            micro = max(large_batch.fewest, micro // FIRST_TRIAL) if trial == 0 else micro
+            micro = max(gradient.fewest, micro // FIRST_TRIAL) if trial == 0 else micro
             predicted = _largest(hidden * memory.peak(micro, rank_batch), device)
             try:
-                peak = measure_peak(partial(large_batch.rehearse, example(config, micro), rank_batch), device)
+                peak = measure_peak(partial(gradient.rehearse, example(config, micro), rank_batch), device)
             except distributed.RanksFailed:
                 release_memory(device)
                 hidden *= 2
@@ -168,14 +115,12 @@ def make_plan(large_batch: LargeBatch, config: TrainConfig, device: torch.device
     )
 
 
-def predict(
-    large_batch: LargeBatch, config: TrainConfig, rank_batch: int, device: torch.device, *, new_optimizer: bool
-) -> StepMemory:
+def predict(gradient: StepGradient, config: TrainConfig, rank_batch: int) -> StepMemory:
     """Count the tensors of three small rehearsals; see `StepMemory`. All ranks call it together."""
 
     def count(micro: int, batch: int) -> int:
         with TensorCount() as tensors:
-            large_batch.rehearse(example(config, micro), batch)
+            gradient.rehearse(example(config, micro), batch)
         return tensors.peak
 
     small, large = min(SMALL, rank_batch), min(2 * SMALL, rank_batch)
@@ -183,9 +128,9 @@ def predict(
     of_small, of_large = count(small, 2 * small), count(large, 2 * large)
     per_sample = (of_large - of_small) / (large - small) if large > small else of_small / small
     fixed = max(0.0, of_small - per_sample * small)
-    embeddings = 2.0 * large_batch.embedding_bytes(example(config, small)) / small * rank_batch
-    parameters = sum(p.numel() * p.element_size() for p in large_batch.method.parameters() if p.requires_grad)
-    states = STATES_PER_PARAMETER[config.optim.name] if new_optimizer else 0
+    embeddings = 2.0 * gradient.embedding_bytes(example(config, small)) / small * rank_batch
+    parameters = sum(p.numel() * p.element_size() for p in gradient.method.parameters() if p.requires_grad)
+    states = 0 if gradient.replicas.has_state else STATES_PER_PARAMETER[config.optim.name]
     whole = float(count(small, rank_batch)) if rank_batch > 2 * small else embeddings
     return StepMemory(fixed, per_sample, whole, embeddings, float(states * parameters))
 
@@ -200,61 +145,6 @@ def example(config: TrainConfig, num_samples: int) -> Batch:
         epoch=0,
         wants_report=False,
     )
-
-
-def usable_bytes(config: TrainConfig, device: torch.device) -> float:
-    """What a step of this rank may take: USABLE of the free memory, or what `--batch.memory-gib` says.
-
-    `UserError` where the system does not tell.
-    """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    else:
-        for path in (RESET_PEAK, STATUS):
-            require(
-                path.exists(),
-                f"--batch.micro auto: this system does not tell how much memory a process takes (no {path}); give "
-                "--batch.micro N",
-            )
-        free = _free_host_memory() // distributed.local_ranks()
-    if config.batch.memory_gib:
-        return min(float(free), config.batch.memory_gib * 2**30)
-    return USABLE * free
-
-
-def _free_host_memory() -> int:
-    """Bytes that this host's ranks may still take: of the machine, of the container, of the process's limit."""
-    free = psutil.virtual_memory().available
-    try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((CGROUP / "memory.current").read_text()))
-    except OSError:  # no cgroup of its own, or an older kind, whose limit psutil does not show either
-        pass
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        free = min(free, (soft - psutil.Process().memory_info().vms) * distributed.local_ranks())
-    return max(0, free)
-
-
-def measure_peak(call: Callable[[], None], device: torch.device) -> float:
-    """Bytes by which `call()` raises this process's memory at its worst moment: allocated on a GPU, resident on the CPU."""
-    release_memory(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return float(torch.cuda.max_memory_allocated(device) - before)
-    RESET_PEAK.write_text("5")  # the peak of resident memory starts again from what is resident now (proc(5))
-    before = _status_bytes("VmRSS")
-    call()
-    return float(max(0, _status_bytes("VmHWM") - before))
-
-
-def _status_bytes(name: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
 
 
 def rounded(micro: int) -> int:

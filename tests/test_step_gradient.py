@@ -4,6 +4,7 @@ import functools
 import resource
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import BatchConfig, EncoderConfig, UserError
-from dist_contrastive.large_batch import split
 from dist_contrastive.methods.base import Embeddings, Losses, Report
 from dist_contrastive.methods.simclr import SimCLR
 from dist_contrastive.models.sync_norm import SyncBatchNorm
 from dist_contrastive.models.teacher import Teacher
+from dist_contrastive.step.gradient import StepGradient, split
+from dist_contrastive.step.replicas import DataParallel
 from tests.harness import RankError, run_ranks
 from tests.runs import (
     STEPS_PER_EPOCH,
@@ -31,7 +33,7 @@ from tests.runs import (
     train_on_rank,
     write_dataset,
 )
-from tests.steps import GLOBAL_BATCH, build, gradient_of, large_batch, share_of_batch
+from tests.steps import GLOBAL_BATCH, build, gradient_of, share_of_batch, step_gradient
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 BATCH = EncoderConfig(name="resnet10_w16", stem="small", norm="batch")
@@ -65,10 +67,10 @@ def test_batch_norm_takes_the_micro_batchs_statistics_in_both_passes(micro: int)
     method.loss({"z": torch.cat([part["z"] for part in parts], dim=1)}, batch)["loss"].backward()
     expected = gradient_of(method)
     again = build("simclr", BATCH)
-    large_batch(again, micro).compute_gradient(batch, 0)
+    step_gradient(again, micro).compute(batch, 0)
     assert_close(gradient_of(again), expected)
     whole = build("simclr", BATCH)
-    large_batch(whole, 0).compute_gradient(batch, 0)
+    step_gradient(whole, 0).compute(batch, 0)
     with pytest.raises(AssertionError):  # with batch statistics it is another function than without micro-batches
         assert_close(gradient_of(whole), expected, tolerance=1e-2)
 
@@ -88,7 +90,7 @@ def test_running_statistics_take_each_sample_once_and_move_as_far_as_without_mic
     seen: list[Tensor] = []
     bn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     batch = share_of_batch(method)
-    large_batch(method, micro).compute_gradient(batch, 0)
+    step_gradient(method, micro).compute(batch, 0)
     parts = split(GLOBAL_BATCH, micro)
     first = seen[: len(parts)]
     means = [x.mean((0, 2, 3)) for x in first]
@@ -111,7 +113,7 @@ def test_a_teacher_takes_part_once_and_its_running_statistics_move_as_far_as_the
     seen: list[Tensor] = []
     teacher.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     batch = share_of_batch(method)
-    large_batch(method, 3).compute_gradient(batch, 0)
+    step_gradient(method, 3).compute(batch, 0)
     assert [len(views) for views in seen] == [2 * (part.stop - part.start) for part in split(GLOBAL_BATCH, 3)]
     # Both have the same weights and have seen the same images.
     for (name, one), other in zip(teacher.module.named_buffers(), method.student.buffers(), strict=True):
@@ -135,7 +137,7 @@ def test_what_a_library_draws_is_replayed_in_the_second_pass() -> None:
     method.__class__ = Noisy
     assert isinstance(method, Noisy)
     method.draws = []
-    large_batch(method, 3).compute_gradient(share_of_batch(method), 5)
+    step_gradient(method, 3).compute(share_of_batch(method), 5)
     first, second = method.draws[:3], method.draws[3:]
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
     assert len({float(x[0]) for x in first}) == 3, "each micro-batch has numbers of its own"
@@ -143,21 +145,24 @@ def test_what_a_library_draws_is_replayed_in_the_second_pass() -> None:
 
 def test_bf16_with_micro_batches_follows_bf16_without() -> None:
     one, other = build("simclr", GROUP), build("simclr", GROUP)
-    outcomes = [
-        large_batch(m, micro, "bf16").compute_gradient(share_of_batch(m), 0) for m, micro in ((one, 0), (other, 3))
-    ]
+    outcomes = [step_gradient(m, micro, "bf16").compute(share_of_batch(m), 0) for m, micro in ((one, 0), (other, 3))]
     assert outcomes[0].embeddings["z"].dtype == torch.float32
     assert_close(gradient_of(other), gradient_of(one), tolerance=2e-2)
     exact = build("simclr", GROUP)
-    large_batch(exact, 0).compute_gradient(share_of_batch(exact), 0)
+    step_gradient(exact, 0).compute(share_of_batch(exact), 0)
     with pytest.raises(AssertionError):
         assert_close(gradient_of(one), gradient_of(exact), tolerance=1e-4)
+
+
+def ddp_of(steps: StepGradient) -> Any:
+    assert isinstance(steps.replicas, DataParallel)
+    return steps.replicas._ddp
 
 
 def communicated(rank: int, name: str, micro: int) -> int:
     """How many numbers DDP sends in one step."""
     method = build(name, GROUP)
-    steps = large_batch(method, micro)
+    steps = step_gradient(method, micro)
     sent: list[int] = []
 
     def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -166,8 +171,8 @@ def communicated(rank: int, name: str, micro: int) -> int:
         future.set_result(bucket.buffer())
         return future
 
-    steps._ddp.register_comm_hook(None, hook)
-    steps.compute_gradient(share_of_batch(method), 0)
+    ddp_of(steps).register_comm_hook(None, hook)
+    steps.compute(share_of_batch(method), 0)
     return sum(sent) - sum(p.numel() for p in method.parameters() if p.requires_grad)
 
 
@@ -180,16 +185,16 @@ def buckets(rank: int, name: str) -> tuple[bool, bool, list[bool]]:
     """Whether DDP has its last buckets before the first step, whether that left all as it was, and after each step."""
     method = build(name, GROUP)
     before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
-    steps = large_batch(method, 3)
+    steps = step_gradient(method, 3)
     untouched = all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
     untouched = untouched and all(p.grad is None for p in method.parameters())
 
-    at_once = steps._ddp._has_rebuilt_buckets
+    at_once = ddp_of(steps)._has_rebuilt_buckets
     # What the reducer would still do in a forward pass: False where there is nothing left to do.
     later = []
     for step in range(2):
-        steps.compute_gradient(share_of_batch(method), step)
-        later.append(steps._ddp.reducer._rebuild_buckets())
+        steps.compute(share_of_batch(method), step)
+        later.append(ddp_of(steps).reducer._rebuild_buckets())
         method.zero_grad(set_to_none=True)
     return at_once, untouched, later
 
@@ -250,10 +255,10 @@ def fail_at(rank: int, moment: str, norm: EncoderConfig) -> tuple[int, list[str]
     assert isinstance(method, Failing)
     method.moment, method.fits, method.failing_rank = moment, 1, 1
     method.fail_between_layers()
-    steps = large_batch(method, 3)
+    steps = step_gradient(method, 3)
     said: list[str] = []
     steps.say = said.append
-    steps.compute_gradient(share_of_batch(method), 0)
+    steps.compute(share_of_batch(method), 0)
     return steps.micro, said, gradient_of(method), [float(b.double().sum()) for b in method.buffers()]
 
 
@@ -269,20 +274,20 @@ def fail_in_the_second_step(rank: int) -> tuple[int, list[str], dict[str, np.nda
             raise torch.OutOfMemoryError("injected")
         return batch
 
-    steps = large_batch(method, 0, augmentation=augmentation)
+    steps = step_gradient(method, 0, augmentation=augmentation)
     said: list[str] = []
     steps.say = said.append
     second = False
-    steps.compute_gradient(share_of_batch(method), 0)
+    steps.compute(share_of_batch(method), 0)
     method.zero_grad(set_to_none=True)
     second = True
-    steps.compute_gradient(share_of_batch(method), 1)
+    steps.compute(share_of_batch(method), 1)
     return steps.micro, said, gradient_of(method)
 
 
 def second_step(rank: int) -> dict[str, np.ndarray]:
     method = build("simclr", GROUP)
-    large_batch(method, 2).compute_gradient(share_of_batch(method), 1)
+    step_gradient(method, 2).compute(share_of_batch(method), 1)
     return gradient_of(method)
 
 
@@ -299,7 +304,7 @@ def test_out_of_memory_in_the_second_step_where_ddp_would_order_its_buckets() ->
 
 def undisturbed(rank: int, norm: EncoderConfig) -> tuple[dict[str, np.ndarray], list[float]]:
     method = build("simclr", norm)
-    large_batch(method, 1).compute_gradient(share_of_batch(method), 0)
+    step_gradient(method, 1).compute(share_of_batch(method), 0)
     return gradient_of(method), [float(b.double().sum()) for b in method.buffers()]
 
 
@@ -334,7 +339,7 @@ def never_fits(rank: int) -> str:
     assert isinstance(method, Failing)
     method.moment, method.fits, method.failing_rank = "between two collectives", 0, 0
     with pytest.raises(UserError) as caught:
-        large_batch(method, 0).compute_gradient(share_of_batch(method), 0)
+        step_gradient(method, 0).compute(share_of_batch(method), 0)
     return str(caught.value)
 
 
@@ -350,10 +355,10 @@ def fits_two(rank: int, fits: int) -> tuple[int, str]:
     method.__class__ = Failing
     assert isinstance(method, Failing)
     method.moment, method.fits, method.failing_rank = "second pass", fits, 1
-    steps = large_batch(method, 0)
+    steps = step_gradient(method, 0)
     steps.fewest = 2
     try:
-        steps.compute_gradient(share_of_batch(method), 0)
+        steps.compute(share_of_batch(method), 0)
     except UserError as error:
         return steps.micro, str(error)
     return steps.micro, ""
@@ -367,7 +372,7 @@ def test_halving_ends_at_the_fewest_samples_that_a_pass_can_take() -> None:
 
 
 def test_halving_takes_what_is_left_where_half_would_leave_a_part_too_small() -> None:
-    steps = large_batch(build("simclr", BATCH), 0)
+    steps = step_gradient(build("simclr", BATCH), 0)
     steps.fewest = 2
     steps._quoted = "injected"
     steps._halve(5, 0, [0])  # 2 + 2 + 1 has a part of one sample, 3 + 2 has not
@@ -377,7 +382,7 @@ def test_halving_takes_what_is_left_where_half_would_leave_a_part_too_small() ->
 def other_error(rank: int) -> None:
     method = build("simclr", GROUP)
     method.loss = None  # type: ignore[assignment, method-assign]
-    large_batch(method, 2).compute_gradient(share_of_batch(method), 0)
+    step_gradient(method, 2).compute(share_of_batch(method), 0)
 
 
 def test_an_error_that_is_none_of_memory_is_not_repeated() -> None:
@@ -395,14 +400,14 @@ class Hungry(SimCLR):
 
 def really_out_of_memory(rank: int) -> tuple[int, dict[str, np.ndarray]]:
     method = build("simclr", GROUP)
-    steps = large_batch(method, 0)
+    steps = step_gradient(method, 0)
     batch = share_of_batch(method)
     method.loss(method.embed(batch.samples(slice(0, 2))), batch.samples(slice(0, 2)))  # threads and libraries are there
     method.__class__ = Hungry
     if rank == 1:
         limit = psutil.Process().memory_info().vms + 5 * 2**29
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    steps.compute_gradient(batch, 0)
+    steps.compute(batch, 0)
     return steps.micro, gradient_of(method)
 
 
@@ -410,7 +415,7 @@ def test_memory_that_really_runs_out_on_one_rank() -> None:
     shares = run_ranks(really_out_of_memory, 2)
     assert [micro for micro, _ in shares] == [2, 2]
     whole = build("simclr", GROUP)
-    large_batch(whole, 0).compute_gradient(share_of_batch(whole), 0)
+    step_gradient(whole, 0).compute(share_of_batch(whole), 0)
     for _, gradient in shares:
         assert_close(gradient, gradient_of(whole))
 

@@ -11,12 +11,10 @@ micro-batch with the micro-batch's own statistics (synchronised: of all ranks' m
 so that the gradient is exact for the function that the passes compute; its running statistics take each sample once, and move
 as far in a step as they do without micro-batches. With other normalizations micro-batches change nothing but rounding.
 
-Nothing is updated before all ranks have their gradient: DDP's averaging is one pass of its own at the end. So where one
-rank runs out of memory, all halve the micro-batch and repeat the step.
+Nothing is updated before all ranks have their gradient, and gradients are averaged once, at the end. So where one rank runs
+out of memory, all halve the micro-batch and repeat the step.
 """
 
-import ctypes
-import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,17 +22,23 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from dist_contrastive import distributed, rng
 from dist_contrastive.batch import Batch, balanced_slices, smallest_part
 from dist_contrastive.config import UserError
-from dist_contrastive.methods.base import Embeddings, Losses, Method, Report
+from dist_contrastive.methods.base import Embeddings, Losses, Report
+from dist_contrastive.models.batch_statistics import (
+    batch_norms,
+    running_statistics,
+    statistics_share,
+    statistics_untouched,
+)
 from dist_contrastive.models.sync_norm import message_size
 from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.out_of_memory import is_out_of_memory, quote
+from dist_contrastive.step.memory import release_memory
+from dist_contrastive.step.replicas import Replicas
 
 T = TypeVar("T")
 Augmentation = Callable[[Batch, torch.device], Batch]
@@ -53,22 +57,7 @@ class Outcome:
     """Of the whole rank batch."""
 
 
-class _Embedder(nn.Module):
-    """What DDP wraps: the half of a method that has parameters."""
-
-    def __init__(self, method: Method) -> None:
-        super().__init__()
-        self.method = method
-
-    def forward(self, batch: Batch | None, targets: bool = False) -> Embeddings:
-        """A batch's embeddings, with its targets or without; without a batch, a zero that depends on each trained parameter."""
-        if batch is not None:
-            return self.method.embed_all(batch) if targets else self.method.embed(batch)
-        zeros = [p.sum() * 0 for p in self.method.parameters() if p.requires_grad]
-        return {"zero": torch.stack(zeros).sum()}
-
-
-class LargeBatch:
+class StepGradient:
     """Computes a step's gradient, averaged over ranks, into the parameters of a method.
 
     Attributes:
@@ -78,57 +67,41 @@ class LargeBatch:
     """
 
     def __init__(
-        self,
-        method: Method,
-        accelerator: Accelerator,
-        augmentation: Augmentation,
-        *,
-        seed: int,
-        micro: int,
-        fewest: int = 1,
+        self, replicas: Replicas, augmentation: Augmentation, *, seed: int, micro: int, fewest: int = 1
     ) -> None:
-        self.method = method
+        self.replicas = replicas
+        self.method = replicas.method
         self.fewest = fewest
         self.micro = micro
         self.say: Callable[[str], None] = lambda text: None
-        self._accelerator = accelerator
-        self._device = accelerator.device
+        self._device = replicas.device
         self._augmentation = augmentation
         self._seed = seed
-        self._ddp = accelerator.prepare(_Embedder(method))
-        # Buffers need no broadcast at each step. Unsynchronised BatchNorm statistics differ between ranks, but training never
-        # reads them, and probes and checkpoints take rank 0's; other buffers (a queue) are equal on all ranks by themselves.
-        self._ddp.broadcast_buffers = False
-        # After its first pass DDP orders its buckets anew, with a broadcast in the next forward pass. That would come in the
-        # second step, within an attempt, where a rank that is out of memory does not answer it: it comes here.
-        for _ in range(2):
-            self._average()
-        method.zero_grad(set_to_none=True)
-        self._message_size = message_size(method)
-        self._norms = batch_norms(method)
-        self._teachers_norms = [norm for m in method.modules() if isinstance(m, Teacher) for norm in batch_norms(m)]
+        self._message_size = message_size(self.method)
+        self._norms = batch_norms(self.method)
+        self._teachers_norms = [
+            norm for m in self.method.modules() if isinstance(m, Teacher) for norm in batch_norms(m)
+        ]
         self._students_norms = [norm for norm in self._norms if norm not in self._teachers_norms]
         self._quoted = ""
         """How memory ran out on this rank: the error's text, or nothing."""
 
-    def compute_gradient(self, batch: Batch, step: int) -> Outcome:
+    def compute(self, batch: Batch, step: int) -> Outcome:
         """The gradient of the update that follows `step` others, by this rank's share `batch`, as the loader gave it.
 
         Raises `UserError` on all ranks where even the smallest micro-batch does not fit.
         """
-        self._ddp.train()
+        self.method.train()
         # Running statistics are the only state that a forward pass moves; an attempt that fails must leave none behind.
-        statistics = [buffer.clone() for buffer in self._statistics()]
+        statistics = [buffer.clone() for buffer in running_statistics(self._norms)]
         while True:
-            try:
-                outcome = self._try_gradient(batch, step)
-            except distributed.RanksFailed as failure:
-                failed = failure.ranks
-            else:
-                self._average()
-                return outcome
-            self.method.zero_grad(set_to_none=True)
-            for buffer, before in zip(self._statistics(), statistics, strict=True):
+            with self.replicas.collecting():
+                try:
+                    return self._try(batch, step)
+                except distributed.RanksFailed as failure:
+                    failed = failure.ranks
+                    self.replicas.discard()
+            for buffer, before in zip(running_statistics(self._norms), statistics, strict=True):
                 buffer.copy_(before)
             release_memory(self._device)
             self._halve(len(batch.labels), step, failed)
@@ -149,15 +122,13 @@ class LargeBatch:
             f"samples instead of {micro}"
         )
 
-    def _try_gradient(self, batch: Batch, step: int) -> Outcome:
+    def _try(self, batch: Batch, step: int) -> Outcome:
         """This rank's gradient; `RanksFailed` on all ranks where any is out of memory."""
         parts = split(len(batch.labels), self.micro)
         # What the loss reads goes to the device at once; views go one micro-batch at a time, with their augmentation.
         labels, indices = (x.to(self._device, non_blocking=True) for x in (batch.labels, batch.indices))
         whole = replace(batch, labels=labels, indices=indices)
-        gradient = self._cached if self.method.couples_samples else self._accumulated
-        with self._accelerator.no_sync(self._ddp):
-            losses, embeddings = gradient(batch, whole, parts, step)
+        losses, embeddings = self._passes(batch, whole, parts, step)
         report = self._attempt(lambda: self.method.report(embeddings, whole))
         return Outcome({name: loss.detach() for name, loss in losses.items()}, report, embeddings)
 
@@ -172,16 +143,28 @@ class LargeBatch:
     def _embed(self, batch: Batch, parts: Sequence[slice], number: int, step: int, *, targets: bool) -> Embeddings:
         """Embeddings of micro-batch `number`, with targets or without; the same ones each time it is called."""
         torch.manual_seed(rng.step_seed(self._seed, step, distributed.rank()) + number)
-        embeddings: Embeddings = self._ddp(self._augmentation(batch.samples(parts[number]), self._device), targets)
-        return embeddings
+        samples = self._augmentation(batch.samples(parts[number]), self._device)
+        return self.replicas.forward(samples, targets=targets)
 
-    def _cached(self, batch: Batch, whole: Batch, parts: Sequence[slice], step: int) -> tuple[Losses, Embeddings]:
+    def _passes(
+        self, batch: Batch, whole: Batch, parts: Sequence[slice], step: int, rehearsed: int | None = None
+    ) -> tuple[Losses, Embeddings]:
+        """The gradient of `whole`, whose views are in `batch`, cut into `parts`; losses and embeddings.
+
+        Only the first `rehearsed` parts are passed, where that is given, and stand for the others too.
+        """
+        passes = self._cached if self.method.couples_samples else self._accumulated
+        return passes(batch, whole, parts, step, len(parts) if rehearsed is None else rehearsed)
+
+    def _cached(
+        self, batch: Batch, whole: Batch, parts: Sequence[slice], step: int, num_passes: int
+    ) -> tuple[Losses, Embeddings]:
         """Gradient caching. With a single micro-batch the first pass keeps its graph, and there is no second."""
         single = len(parts) == 1
 
         def first_pass() -> list[Embeddings]:
             embeddings = []
-            for number in range(len(parts)):
+            for number in range(num_passes):
                 with ExitStack() as stack:
                     if not single:
                         stack.enter_context(torch.no_grad())
@@ -191,7 +174,7 @@ class LargeBatch:
             return embeddings
 
         first = self._attempt(first_pass)
-        embeddings = concatenate(first)
+        embeddings = concatenate(first, parts)
         if not single:
             first.clear()
         leaves = {name: value.requires_grad_() for name, value in embeddings.items()}
@@ -200,12 +183,13 @@ class LargeBatch:
         gradients = {name: value.grad for name, value in leaves.items()}
 
         def second_pass() -> None:
-            for number, part in enumerate(parts):
+            for number in range(num_passes):
                 if single:
                     again = first[0]
                 else:
                     with statistics_share(self._students_norms, parts, number):
                         again = self._embed(batch, parts, number, step, targets=False)
+                part = parts[number]
                 backward(again, {name: None if g is None else g[:, part] for name, g in gradients.items()})
 
         self._attempt(second_pass)
@@ -213,29 +197,31 @@ class LargeBatch:
 
     def _loss_gradient(self, leaves: Embeddings, batch: Batch) -> Losses:
         losses = self.method.loss(leaves, batch)
-        self._accelerator.backward(losses["loss"])
+        self.replicas.backward(losses["loss"])
         return losses
 
-    def _accumulated(self, batch: Batch, whole: Batch, parts: Sequence[slice], step: int) -> tuple[Losses, Embeddings]:
+    def _accumulated(
+        self, batch: Batch, whole: Batch, parts: Sequence[slice], step: int, num_passes: int
+    ) -> tuple[Losses, Embeddings]:
         """Plain accumulation, for a loss that is a mean over samples."""
 
         def passes() -> tuple[list[Losses], list[Embeddings]]:
             all_losses, all_embeddings = [], []
-            for number, part in enumerate(parts):
+            for number, part in enumerate(parts[:num_passes]):
                 with statistics_share(self._norms, parts, number):
                     embeddings = self._embed(batch, parts, number, step, targets=True)
-                share = (part.stop - part.start) / len(batch.labels)
+                share = (part.stop - part.start) / len(whole.labels)
                 losses = {
                     name: share * loss for name, loss in self.method.loss(embeddings, whole.samples(part)).items()
                 }
-                self._accelerator.backward(losses["loss"])
+                self.replicas.backward(losses["loss"])
                 all_losses.append({name: loss.detach() for name, loss in losses.items()})
                 all_embeddings.append({name: value.detach() for name, value in embeddings.items()})
             return all_losses, all_embeddings
 
         all_losses, all_embeddings = self._attempt(passes)
         total = {name: torch.stack([losses[name] for losses in all_losses]).sum() for name in all_losses[0]}
-        return total, concatenate(all_embeddings)
+        return total, concatenate(all_embeddings, parts)
 
     def rehearse(self, batch: Batch, rank_batch: int) -> None:
         """Do once what takes memory in a step of `rank_batch` samples with micro-batches as large as `batch`.
@@ -243,94 +229,30 @@ class LargeBatch:
         For the memory plan: the samples may be noise. Leaves no trace but memory that allocators keep. `RanksFailed` on
         all ranks where any is out of memory.
         """
-        single = len(batch.labels) >= rank_batch
-        repeats = math.ceil(rank_batch / len(batch.labels))
-        labels = batch.labels.to(self._device)
-        whole = replace(batch, labels=labels.repeat(repeats)[:rank_batch])
-        parts = split(len(batch.labels), 0)
-
-        def leaves_of(embeddings: Embeddings) -> Embeddings:
-            repeated = concatenate([embeddings] * repeats)
-            return {name: value[:, :rank_batch].contiguous().requires_grad_() for name, value in repeated.items()}
-
-        def passes() -> None:
-            if self.method.couples_samples:
-                with torch.set_grad_enabled(single):
-                    first = self._embed(batch, parts, 0, 0, targets=True)
-                leaves = leaves_of(first)
-                self._loss_gradient(leaves, whole)
-                again = first if single else self._embed(batch, parts, 0, 0, targets=False)
-                backward(
-                    again,
-                    {name: None if v.grad is None else v.grad[:, : len(labels)] for name, v in leaves.items()},
-                )
-            else:
-                embeddings = self._embed(batch, parts, 0, 0, targets=True)
-                self._accelerator.backward(self.method.loss(embeddings, replace(batch, labels=labels))["loss"])
-                leaves_of(embeddings)
-
-        try:
-            with self._accelerator.no_sync(self._ddp), statistics_untouched(self._norms):
-                self._attempt(passes)
-        finally:
-            self.method.zero_grad(set_to_none=True)
+        micro = len(batch.labels)
+        parts = [slice(start, min(start + micro, rank_batch)) for start in range(0, rank_batch, micro)]
+        labels = batch.labels.to(self._device).repeat(len(parts))[:rank_batch]
+        with self._without_trace():
+            self._passes(batch, replace(batch, labels=labels), parts, 0, rehearsed=1)
 
     def embedding_bytes(self, batch: Batch) -> int:
         """Size of the embeddings of `batch` in bytes."""
-        with torch.no_grad(), self._accelerator.no_sync(self._ddp), statistics_untouched(self._norms):
+        with torch.no_grad(), self._without_trace():
             embeddings = self._attempt(lambda: self._embed(batch, split(len(batch.labels), 0), 0, 0, targets=True))
         return sum(value.numel() * value.element_size() for value in embeddings.values())
 
-    def _average(self) -> None:
-        """Average the gradients over ranks: DDP's only communication in a step.
-
-        DDP averages in a backward pass that it has prepared; this one adds nothing to the gradients that are there.
-        """
-        if distributed.world_size() > 1:
-            distributed.arrive()
-            self._ddp(None)["zero"].backward()
-
-    def _statistics(self) -> Iterator[Tensor]:
-        """Running statistics of all BatchNorm layers."""
-        for norm in self._norms:
-            yield from norm.buffers(recurse=False)
-
-
-def batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    """The module's BatchNorm layers that have running statistics."""
-    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-
-
-@contextmanager
-def statistics_untouched(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Within the context BatchNorm normalizes by the batch and leaves its running statistics as they are."""
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
-
-
-@contextmanager
-def statistics_share(norms: Sequence[_BatchNorm], parts: Sequence[slice], number: int) -> Iterator[None]:
-    """Within the context running statistics move by micro-batch `number`'s share of what a whole batch moves them.
-
-    Micro-batch k of share w_k of the samples gets momentum m_k = a·w_k / (1 - a·(w_{k+1} + ...)), so that after all
-    of them old = (1 - a)·old + a·(w_1·s_1 + w_2·s_2 + ...) for the layer's own momentum a.
-    """
-    total = parts[-1].stop
-    share, later = (parts[number].stop - parts[number].start) / total, 1 - parts[number].stop / total
-    before = [norm.momentum for norm in norms]
-    for norm, momentum in zip(norms, before, strict=True):
-        if momentum is not None:
-            norm.momentum = momentum * share / (1 - momentum * later)
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, before, strict=True):
-            norm.momentum = momentum
+    @contextmanager
+    def _without_trace(self) -> Iterator[None]:
+        """Within the context passes move no running statistics, and what gradient they collect is forgotten at its end."""
+        failure = None
+        with self.replicas.collecting(), statistics_untouched(self._norms):
+            try:
+                yield
+            except distributed.RanksFailed as error:
+                failure = error
+            self.replicas.discard()
+        if failure:
+            raise failure
 
 
 def split(num_samples: int, micro: int) -> list[slice]:
@@ -341,9 +263,17 @@ def split(num_samples: int, micro: int) -> list[slice]:
     return balanced_slices(num_samples, math.ceil(num_samples / micro) if micro else 1)
 
 
-def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
-    """The embeddings of several micro-batches as those of one batch, detached, in storage of their own."""
-    return {name: torch.cat([part[name].detach() for part in parts], dim=1) for name in parts[0]}
+def concatenate(passed: Sequence[Embeddings], parts: Sequence[slice]) -> Embeddings:
+    """The embeddings of micro-batches `parts` as those of one batch, detached, in storage of their own.
+
+    Where only the first were `passed`, they stand for the others too.
+    """
+    repeated = [passed[number % len(passed)] for number in range(len(parts))]
+    sizes = [part.stop - part.start for part in parts]
+    return {
+        name: torch.cat([one[name].detach()[:, :size] for one, size in zip(repeated, sizes, strict=True)], dim=1)
+        for name in passed[0]
+    }
 
 
 def backward(embeddings: Embeddings, gradients: dict[str, Tensor | None]) -> None:
@@ -351,12 +281,3 @@ def backward(embeddings: Embeddings, gradients: dict[str, Tensor | None]) -> Non
     pairs = [(embeddings[name], g) for name, g in gradients.items() if g is not None and embeddings[name].requires_grad]
     tensors, upstream = zip(*pairs, strict=True)
     torch.autograd.backward(tensors, upstream)
-
-
-def release_memory(device: torch.device) -> None:
-    """Give freed memory back, of a failed attempt, say."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what was freed
-        libc.malloc_trim(0)
