@@ -20,13 +20,14 @@ def running_statistics(norms: Sequence[_BatchNorm]) -> list[Tensor]:
 @contextmanager
 def statistics_untouched(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """Within the context BatchNorm normalizes by the batch and leaves its running statistics as they are."""
+    before = [norm.track_running_stats for norm in norms]
     for norm in norms:
         norm.track_running_stats = False
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, tracked in zip(norms, before, strict=True):
+            norm.track_running_stats = tracked
 
 
 @contextmanager
