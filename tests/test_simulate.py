@@ -145,11 +145,11 @@ def test_collectives_are_those_of_the_closed_form(pool: ProcessPoolExecutor) -> 
     assert take("allgather", "methods/simclr.py", "loss") == [(1, embeddings)]
     # Are all there? Before the gather, before its backward pass, and at the end of each of a step's four attempts.
     assert take("allreduce", "methods/simclr.py", "loss") == [(1, message)]
-    assert sorted(take("allreduce", "gradient.py", "_loss_gradient")) == sorted([(1, message), (1, embeddings)])
-    assert take("allreduce", "gradient.py", "_attempt") == [(4, message)]
+    assert sorted(take("allreduce", "step/replicas.py", "backward")) == sorted([(1, message), (1, embeddings)])
+    assert take("allreduce", "step/gradient.py", "_attempt") == [(4, message)]
     # loss and positive cosine, whether to stop, and whose loss is finite.
     assert take("allreduce", "trainer.py", "_agree") == [(1, 4 * (2 + 1 + ranks))]
-    assert sum(count * size for count, size in take("allreduce", "replicas.py", "_average")) == 4 * found.parameters
+    assert sum(count * size for count, size in take("allreduce", "step/replicas.py", "_average")) == 4 * found.parameters
     assert left == []
 
 
