@@ -28,6 +28,7 @@ T = TypeVar("T")
 # What a shell reports for a program that Ctrl-C ended (128 + SIGINT).
 EXIT_INTERRUPTED = 130
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command goes on from where this one stopped
 MAX_LISTED = 5
 """Options of a section that are listed where none is close to what was given."""
 

@@ -9,7 +9,6 @@ The lowest rank that is left prints one line, each one its traceback, and all en
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -18,14 +17,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 import psutil
 import torch.distributed as dist
 
-from dist_contrastive import cli, distributed
+from dist_contrastive import cli, distributed, processes
 from dist_contrastive.config import UserError
 
 PARENT_CHECK_S = 0.5
@@ -42,12 +40,26 @@ REAPERS = ("init", "systemd", "tini", "docker-init", "dumb-init", "slurmstepd")
 
 _step = 0
 _watches = 0
+_listener: Callable[[str], None] | None = None
 
 
 def at_step(step: int) -> None:
     """Say which update (from 1) this rank works on, for the line about a rank that does not take part in it."""
     global _step
     _step = step
+
+
+def tell_faults(listener: Callable[[str], None]) -> None:
+    """From now on `listener` gets the line that this process prints when ranks are missing or its launcher is gone."""
+    global _listener
+    _listener = listener
+
+
+def _tell(line: str, rest: str) -> None:
+    """Print an error, and what to know of it beside."""
+    if _listener:
+        _listener(line)
+    print(f"error: {line}; {rest}", file=sys.stderr, flush=True)
 
 
 def run_rank(main: Callable[[], object]) -> NoReturn:
@@ -108,9 +120,7 @@ def _end_without_launcher() -> NoReturn:
         with suppress(psutil.Error):
             child.kill()
     with suppress(OSError, ValueError):
-        print(
-            f"error: the launcher of rank {os.environ.get('RANK', 0)} is gone; what was saved is kept", file=sys.stderr
-        )
+        _tell(f"the launcher of rank {os.environ.get('RANK', 0)} is gone", "what was saved is kept")
     _exit(1)
 
 
@@ -138,17 +148,9 @@ class _Peer:
 
 def _visible_process(host: str, number: int) -> psutil.Process | None:
     try:
-        return psutil.Process(number) if host == _host() else None
+        return psutil.Process(number) if host == processes.machine() else None
     except psutil.NoSuchProcess:  # gone already: its silence will tell
         return None
-
-
-def _host() -> str:
-    """What only processes share that see each other's numbers: the running kernel and the space of process numbers."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return f"{socket.gethostname()} {os.getpid()}"
 
 
 @contextmanager
@@ -197,7 +199,7 @@ class _Watch:
         self._on_terminate: signal.Handlers | object = None
         self._write()
         # After this all have written.
-        known = distributed.gather_objects((_host(), os.getpid()))
+        known = distributed.gather_objects((processes.machine(), os.getpid()))
         self._peers = {rank: _Peer(_visible_process(*where)) for rank, where in enumerate(known) if rank != self.rank}
 
     def start(self) -> None:
@@ -325,9 +327,7 @@ class _Watch:
             by_fate.setdefault(fate, []).append(str(rank))
         what = ", ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} {fate}" for fate, ranks in by_fate.items())
         where = f"at step {_step}" if _step else "before the first step"
-        print(
-            f"error: {what} (rank {self.rank} waited for {'it' if len(missing) == 1 else 'them'} {where}); what was saved is "
-            "kept, and the same command goes on from there",
-            file=sys.stderr,
-            flush=True,
+        _tell(
+            f"{what} (rank {self.rank} waited for {'it' if len(missing) == 1 else 'them'} {where})",
+            "what was saved is kept, and the same command goes on from there",
         )

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -80,8 +80,11 @@ def open_run_folder(config: TrainConfig) -> Iterator[tuple[RunFolder | None, Lit
     """
     folder = distributed.together(lambda: RunFolder(config.run_dir) if distributed.is_main() else None)
     try:
-        start = distributed.together(lambda: folder.open(config) if folder else None)
-        yield folder, distributed.broadcast_object(start)
+        start = distributed.broadcast_object(distributed.together(lambda: folder.open(config) if folder else None))
+        if folder:
+            liveness.tell_faults(folder.status.fail)
+        with folder.status.tells_faults() if folder else nullcontext():
+            yield folder, start
     finally:
         if folder:
             folder.close()
@@ -157,6 +160,10 @@ class Run:
         if checkpoint:
             notes.append(trainer.normalization_change(checkpoint.state["ranks"], checkpoint.state["micro"]))
         self.write("config.json", lambda folder: folder.claim(self.config))
+        ranks, step = distributed.world_size(), trainer.step
+        self.write(
+            "status.json", lambda folder: folder.status.begin(step=step, total_steps=trainer.total_steps, ranks=ranks)
+        )
         self.write("metrics.jsonl", self._open_metrics)
         self.write_machine()
         self._introduce(start)
@@ -271,6 +278,8 @@ class Run:
             self.times.lap("first_step")
             self.is_warm = True
         step = self.trainer.step
+        if self.folder:
+            self.folder.status.step = step
         is_logged = self.trainer.is_logged(step)
         if is_logged:
             values = {**values, **self.timer.read()}
@@ -298,6 +307,9 @@ class Run:
             self._probe_where_due(epoch)
         self.save()
         self.write_machine()
+        asked = f"--stop-after-steps {self.config.stop_after_steps}"
+        reason = self.trainer.stop_reason if self.trainer.stopping else asked
+        self.write("status.json", lambda folder: folder.status.end("stopped", reason))
         self.progress.say(f"stopped after step {self.trainer.step}; {self.trainer.resume_hint} goes on from there")
 
     def _probe_where_due(self, epoch: int) -> None:

@@ -14,23 +14,28 @@ from typing import IO, Any, Literal
 
 from dist_contrastive.atomic import write_atomic
 from dist_contrastive.config import TrainConfig, UserError, differences, to_dict
+from dist_contrastive.run_status import CONFIG, DONE, StatusFile
 
 # Everything a run writes; `--overwrite` deletes these and nothing else.
 OWN_NAMES = (
     "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "encoder.safetensors", "projector.safetensors",
-    "probe.json", "probes", "plots", "report.html", "machine.json", "DONE",
+    "probe.json", "probes", "plots", "report.html", "machine.json", "status.json", "DONE",
 )  # fmt: skip
-CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 
 
 class RunFolder:
-    """The folder of one run, locked for this process until `close`. Rank 0 alone makes one."""
+    """The folder of one run, locked for this process until `close`. Rank 0 alone makes one.
+
+    Attributes:
+        status: what the folder tells of how the run is.
+    """
 
     def __init__(self, path: Path) -> None:
         """Create and lock the folder; `UserError` where it cannot be written or another run holds it."""
         self.path = path
+        self.status = StatusFile(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             # Held open: closing it gives the lock away.
@@ -53,13 +58,15 @@ class RunFolder:
             self._lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def close(self) -> None:
+        self.status.close()
         self._lock.close()
 
     def open(self, config: TrainConfig) -> Literal["fresh", "resume"]:
         """Decide what to do with what is there (`start_of`; `--overwrite` starts fresh); nothing is changed before `claim`."""
-        if config.overwrite:
-            return "fresh"
-        return start_of(self.path, config)
+        start = "fresh" if config.overwrite else start_of(self.path, config)
+        if start == "resume" and not _has(self.path / DONE):
+            self.status.take_over()
+        return start
 
     def claim(self, config: TrainConfig) -> None:
         """Make the folder that of `config`'s run. The first change to it: whatever may refuse the run comes before.
@@ -70,7 +77,7 @@ class RunFolder:
         try:
             if config.overwrite:
                 self._clear()
-            (self.path / "DONE").unlink(missing_ok=True)
+            (self.path / DONE).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"{error.filename} can't be deleted ({error.strerror}); choose another --run-dir"
@@ -104,7 +111,9 @@ class RunFolder:
 
     def finish(self) -> None:
         """Mark the run as complete: everything else is written by now."""
-        write_atomic(self.path / "DONE", b"")
+        write_atomic(self.path / DONE, b"")
+        with contextlib.suppress(OSError):  # DONE says it already
+            self.status.end("done")
 
 
 def start_of(path: Path, config: TrainConfig) -> Literal["fresh", "resume"]:
@@ -113,7 +122,7 @@ def start_of(path: Path, config: TrainConfig) -> Literal["fresh", "resume"]:
     `UserError` where it holds a finished run, one of another config, or what no run left there. A run, finished or not, may
     go on with other `--epochs`, as far as this can tell: whether the steps that are done allow it, their checkpoint tells.
     """
-    known, finished = _known_config(path), _has(path / "DONE")
+    known, finished = _known_config(path), _has(path / DONE)
     differing = []
     if known is not None:
         try:

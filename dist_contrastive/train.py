@@ -19,7 +19,6 @@ from dist_contrastive.config import TrainConfig, UserError
 from dist_contrastive.recipes import DEFAULT_RECIPE, build_recipe, list_recipes
 
 PROG = "python -m dist_contrastive.train"
-EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command goes on from where this one stopped
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise
     distributed.shut_down()
     if not finished:
-        sys.exit(EXIT_STOPPED)
+        sys.exit(cli.EXIT_STOPPED)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ class Trainer:
             update itself. The cursor is `step` times the global batch.
         method: the bare module; `replicas` has what wraps it for training.
         stopping: whether the ranks have agreed to stop (a signal reached one of them).
+        stop_reason: what they stop for, as far as this rank knows.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Trainer:
         self.peak_learning_rate = peak_learning_rate(config.optim, config.batch.size)
         self.step = 0
         self.stopping = False
+        self.stop_reason = "a signal to another rank"
         self._interrupted = False
         self._dataset_sha256 = dataset_sha256
         self.method = build_method(config)
@@ -188,6 +190,7 @@ class Trainer:
         """Within the context SIGINT, SIGTERM and SIGUSR1 end the run after the current update; a second one at once."""
 
         def on_signal(number: int, frame: FrameType | None) -> None:
+            self.stop_reason = signal.Signals(number).name
             self.interrupt()
             for handled, handler in previous.items():
                 signal.signal(handled, handler)

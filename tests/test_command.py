@@ -21,7 +21,7 @@ from dist_contrastive.metrics import read_metrics
 from dist_contrastive.probe import read_config
 from dist_contrastive.report import PLOT_NAMES
 from dist_contrastive.run import train
-from dist_contrastive.train import EXIT_STOPPED, parse
+from dist_contrastive.train import parse
 from tests.harness import run_ranks
 from tests.runs import NUM_TEST, NUM_TRAIN, STEPS_PER_EPOCH, newest_checkpoint, write_dataset
 
@@ -218,6 +218,6 @@ def test_a_signal_ends_the_run_with_a_checkpoint(dataset: Path, tmp_path: Path) 
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == EXIT_STOPPED
+    assert process.returncode == cli.EXIT_STOPPED
     assert "the same command goes on from there" in output
     assert newest_checkpoint(run_dir).step >= 1

@@ -15,14 +15,14 @@ ROOT = Path(dist_contrastive.__file__).parent
 
 # A package stands for all that is in it. A new module gets its level here, deliberately.
 LEVELS = {
-    "": 0, "config": 0, "batch": 0, "rng": 0, "distributed": 0, "schedules": 0, "atomic": 0, "cli": 0,
+    "": 0, "config": 0, "batch": 0, "rng": 0, "distributed": 0, "schedules": 0, "atomic": 0, "cli": 0, "processes": 0,
     "out_of_memory": 0, "liveness": 0,
     "losses": 1, "models": 1, "data": 1, "optim": 1,
     "methods": 2, "evaluation": 2,
-    "checkpoint": 3, "metrics": 3, "step": 3, "report": 3, "run_folder": 3, "launch": 3, "progress": 3,
+    "checkpoint": 3, "metrics": 3, "step": 3, "report": 3, "run_folder": 3, "run_status": 3, "launch": 3, "progress": 3,
     "trainer": 3, "preflight": 3, "simulate": 3, "trial": 3, "weights": 3,
     "recipes": 4, "run": 4, "score": 4,
-    "train": 5, "pack": 5, "probe": 5, "export": 5, "serve": 5, "study": 5,
+    "train": 5, "pack": 5, "probe": 5, "status": 5, "export": 5, "serve": 5, "study": 5,
 }  # fmt: skip
 ENTRY_POINTS = 5
 

@@ -41,6 +41,7 @@ def finish(path: Path) -> None:
     folder = RunFolder(path)
     folder.open(CONFIG)
     folder.claim(CONFIG)
+    folder.status.begin(step=0, total_steps=1, ranks=1)
     folder.finish()
     folder.close()
 
