@@ -1,11 +1,17 @@
 """Ranks and what they exchange. Every function is the identity at one rank, in the same code.
 
+Tensors of a step go over the process group of the launch (NCCL on GPUs), with its time-out. Messages (objects, questions,
+flags) go from host to host over a gloo group of their own: no GPU stands still for them, and as they may wait for what one
+rank does by itself for hours, their time-out is no bound on that; `liveness` is, which tells work from a rank that is lost.
+
 At one rank there is no process group, and none is made: a world of one needs no communication.
 """
 
 import os
 import threading
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +24,8 @@ from dist_contrastive.config import UserError
 T = TypeVar("T")
 
 SHUT_DOWN_S = 20.0
+MESSAGE_TIMEOUT = timedelta(days=7)
+POLL_S = 0.001
 
 
 def is_distributed() -> bool:
@@ -71,22 +79,45 @@ def arrive() -> None:
     _arrivals += 1
 
 
-def barrier() -> None:
-    """Wait for all ranks, at most as long as the process group's timeout."""
-    if world_size() > 1:
-        arrive()
-        dist.barrier()
+_messages: dist.ProcessGroup | None = None
+
+
+def open_messages(timeout: timedelta) -> None:
+    """Connect the ranks for messages; all call it once, after the process group is there and before they use this module.
+
+    `timeout` bounds how long they wait for one another here; what they send later may wait for MESSAGE_TIMEOUT.
+    """
+    global _messages
+    if world_size() > 1 and _messages is None:
+        _messages = dist.new_group(backend="gloo", timeout=timeout)
+        dist.set_timeout(MESSAGE_TIMEOUT, _messages)
+
+
+def messages() -> dist.ProcessGroup:
+    """The group for messages."""
+    assert _messages is not None, "the ranks are not connected for messages: call open_messages"
+    return _messages
 
 
 def shut_down() -> None:
-    """Leave the process group, if there is one; wait no longer than SHUT_DOWN_S for what NCCL has still to do.
+    """Leave the process groups, if there are any; wait no longer than SHUT_DOWN_S for what NCCL has still to do.
 
     A rank that was stopped by a mistake of its own leaves collectives behind that no other rank will end.
     """
+    global _messages
+    _messages = None
     if is_distributed():
         leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
         leaving.start()
         leaving.join(SHUT_DOWN_S)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world_size() > 1:
+        _before_collective()
+        arrive()
+        dist.barrier(group=messages())
 
 
 def broadcast_object(value: Any) -> Any:
@@ -94,8 +125,9 @@ def broadcast_object(value: Any) -> Any:
     if world_size() == 1:
         return value
     box = [value]
+    _before_collective()
     arrive()
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=messages())
     return box[0]
 
 
@@ -104,14 +136,46 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
+    _before_collective()
     arrive()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=messages())
     return values
+
+
+def gather_numbers(value: int) -> list[int]:
+    """Every rank's `value`, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    _before_collective()
+    numbers, work = _send_number(value)
+    work.wait()
+    found: list[int] = numbers.tolist()
+    return found
+
+
+def any_rank(answer: bool) -> bool:
+    """Whether any rank's answer is yes."""
+    return any(gather_numbers(int(answer)))
+
+
+def _send_number(value: int) -> tuple[Tensor, dist.Work]:
+    """A tensor that has all ranks' values in rank order once what comes with it is done."""
+    numbers = torch.zeros(world_size(), dtype=torch.int64)
+    numbers[rank()] = value
+    return numbers, _started(dist.all_reduce(numbers, group=messages(), async_op=True))
+
+
+def _started(work: dist.Work | None) -> dist.Work:
+    """A collective that is under way; counted."""
+    arrive()
+    assert work is not None
+    return work
 
 
 def broadcast_buffers(module: nn.Module) -> None:
     """Rank 0's buffers of `module` on every rank, in place."""
     if world_size() > 1:
+        _before_collective()
         for buffer in module.buffers():
             arrive()
             dist.broadcast(buffer, src=0)
@@ -144,52 +208,65 @@ class RanksFailed(Exception):
 class _Attempt:
     """What the ranks tell one another while they attempt something together.
 
-    Every message is one sum over ranks of a vector of the same length: whether each rank has failed, whether somebody
-    wants to know, and room for what `small_sum` adds up. So a rank that has failed can answer whatever comes next
-    without knowing what it is.
+    Questions are messages, small sums go over the device's own group, where only the device waits for them. A rank that has
+    failed has nothing to do but to answer: it takes part in the next question, whenever that comes, and meanwhile in one
+    small sum after the other, as its device's work would stand still, and with it a host that waits for its device (an
+    allocator that is short of memory does, too), if a sum had to wait for the question. When the question is answered each
+    rank knows whether any has failed, and if so each catches up on sums, until all have done as many.
     """
 
     def __init__(self, device: torch.device, message_size: int) -> None:
         self._device = device
         self._room = message_size
-
-    def _exchange(self, *, failed: bool = False, asks: bool = False, payload: Tensor | None = None) -> Tensor:
-        message = torch.zeros(world_size() + 1 + self._room, device=self._device, dtype=torch.float64)
-        # `fill_`, as an assignment would copy the number from the host, which waits for that.
-        if failed:
-            message[rank()].fill_(1.0)
-        if asks:
-            message[world_size()].fill_(1.0)
-        if payload is not None:
-            message[world_size() + 1 : world_size() + 1 + len(payload)] = payload
-        if world_size() > 1:
-            arrive()
-            dist.all_reduce(message)
-        return message
+        self._sums = 0
 
     def small_sum(self, x: Tensor) -> Tensor:
         """The sum over ranks. Nobody waits to hear whether all are there; a rank that has failed adds zeros."""
         assert len(x) <= self._room, f"{len(x)} numbers, but an attempt with room for {self._room}"
-        start = world_size() + 1
-        return self._exchange(payload=x)[start : start + len(x)]
+        message = self._zeros()
+        message[: len(x)] = x
+        self._add_up(message).wait()  # a GPU waits, not its host
+        return message[: len(x)]
 
     def ask(self) -> None:
         """`RanksFailed` if any rank has failed."""
         if world_size() > 1:
-            self._raise_for(self._exchange(asks=True))
+            answers, asked = _send_number(0)
+            asked.wait()
+            self._conclude(answers, [])
 
     def fail(self) -> None:
         """Answer the other ranks until they ask; then, `RanksFailed`."""
-        while True:
-            message = self._exchange(failed=True)
-            asked, num_failed = float(message[world_size()]), float(message[: world_size()].sum())
-            if asked or num_failed == world_size():
-                self._raise_for(message)
+        if world_size() == 1:
+            raise RanksFailed([0])
+        answers, asked = _send_number(1)
+        sums: list[dist.Work] = []
+        while self._room and not asked.is_completed():
+            sums.append(self._add_up(self._zeros()))
+            while not (sums[-1].is_completed() or asked.is_completed()):
+                time.sleep(POLL_S)
+        asked.wait()
+        self._conclude(answers, sums)
 
-    def _raise_for(self, message: Tensor) -> None:
-        ranks = [rank for rank, failed in enumerate(message[: world_size()].tolist()) if failed]
-        if ranks:
-            raise RanksFailed(ranks)
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self._room, device=self._device, dtype=torch.float64)
+
+    def _add_up(self, message: Tensor) -> dist.Work:
+        """Start the sum over ranks, in place."""
+        self._sums += 1
+        return _started(dist.all_reduce(message, async_op=True))
+
+    def _conclude(self, answers: Tensor, sums: list[dist.Work]) -> None:
+        """`RanksFailed` where `answers` say so, once all ranks have done as many small sums; some of them are under way."""
+        ranks = answers.nonzero().flatten().tolist()
+        if not ranks:
+            return
+        counts, counted = _send_number(self._sums)
+        counted.wait()
+        sums += [self._add_up(self._zeros()) for _ in range(int(counts.max()) - self._sums)]
+        for work in sums:
+            work.wait()
+        raise RanksFailed(ranks)
 
 
 _attempt: _Attempt | None = None
@@ -203,8 +280,8 @@ def attempt(
     Where an error for which `is_expected` holds is raised in any rank's call, `RanksFailed` is raised on all ranks, in
     place of a rank that waits for ever in a collective which the failed one never reaches: within the call each
     collective of this module is preceded by the question whether all ranks are there, which a failed rank answers, too.
-    `small_sum` alone goes without the question, for which a GPU would have to stand still; `message_size` is the largest
-    number of elements that it will be given, the same on all ranks.
+    `small_sum` alone goes without the question; `message_size` is the largest number of elements that it will be given, the
+    same on all ranks.
     """
     global _attempt
     result, failed, text = None, False, ""
@@ -240,7 +317,7 @@ def _before_collective() -> None:
 def small_sum(x: Tensor) -> Tensor:
     """The sum over ranks of a float64 vector `x`, a new tensor without gradient.
 
-    Within an attempt a GPU's work is not interrupted for it, and the sum lacks what a failed rank would have added: the
+    Within an attempt no host waits for it on a GPU's account, and the sum lacks what a failed rank would have added: the
     attempt's end tells.
     """
     if world_size() == 1:
@@ -278,14 +355,12 @@ def all_gather(x: Tensor) -> Tensor:
 def all_gather_rows(x: Tensor) -> Tensor:
     """The rows of all ranks in rank order, without gradient: [n_r, ...] on each rank to [sum of n_r, ...].
 
-    Row counts may differ between ranks, for which the host waits; the other sizes and the dtype may not. Within a step all
-    ranks have as many: `all_gather`.
+    Row counts may differ between ranks, which the hosts tell one another; the other sizes and the dtype may not. Within a step
+    all ranks have as many: `all_gather`.
     """
     if world_size() == 1:
         return x.detach()
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=x.device)
-    counts[rank()] = len(x)
-    sizes: list[int] = all_reduce_sum(counts).tolist()
+    sizes = gather_numbers(len(x))
     # Collectives want equal shapes: pad to the largest share, then cut.
     padded = x.new_zeros((max(sizes), *x.shape[1:]))
     padded[: len(x)] = x.detach()

@@ -22,15 +22,17 @@ from dist_contrastive.preflight import ACCELERATE_NAMES, PRECISIONS, check_ranks
 def connect(config: TrainConfig) -> Accelerator:
     """The Accelerator of this rank, checked; `UserError` where what was launched is not what was asked for."""
     device, precision = device_and_precision(config.launch)
+    timeout = datetime.timedelta(minutes=config.launch.timeout_minutes)
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=ACCELERATE_NAMES[precision],
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=config.launch.timeout_minutes)),
+            InitProcessGroupKwargs(timeout=timeout),
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
     _check(config, accelerator, device)
+    distributed.open_messages(timeout)
     cores = len(os.sched_getaffinity(0))
     if device == "cpu":
         torch.set_num_threads(max(1, cores // distributed.local_ranks()))

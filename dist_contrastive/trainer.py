@@ -161,14 +161,15 @@ class Trainer:
         """Means of `values` over ranks; what one rank knows (a bad number, a signal to stop), all know after this."""
         names = list(values)
         ranks, me = distributed.world_size(), distributed.rank()
-        message = torch.zeros(len(names) + 1 + ranks, device=self.device)
+        message = torch.zeros(len(names) + ranks, device=self.device)
         message[: len(names)] = torch.stack([values[name].detach().float() for name in names]) / ranks
-        message[len(names)].fill_(float(self._interrupted))
-        message[len(names) + 1 + me] = (~torch.isfinite(values["loss"].detach())).float()
+        message[len(names) + me] = (~torch.isfinite(values["loss"].detach())).float()
+        total = distributed.all_reduce_sum(message)
+        # The hosts agree while their devices are still at work.
+        self.stopping = distributed.any_rank(self._interrupted)
         # One transfer to the host for everything the step reports.
-        *numbers, norm = torch.cat([distributed.all_reduce_sum(message), grad_norm.float()[None]]).tolist()
-        self.stopping = numbers[len(names)] > 0
-        bad_ranks = [rank for rank in range(ranks) if numbers[len(names) + 1 + rank] > 0]
+        *numbers, norm = torch.cat([total, grad_norm.float()[None]]).tolist()
+        bad_ranks = [rank for rank in range(ranks) if numbers[len(names) + rank] > 0]
         if bad_ranks:
             raise NonFiniteError(self._diverged(f"the loss is not finite on rank(s) {bad_ranks}"))
         scale = self.replicas.loss_scale

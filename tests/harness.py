@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dist_contrastive import distributed
+
 TIMEOUT_S = 120.0
 
 _context = multiprocessing.get_context("forkserver")
@@ -76,6 +78,7 @@ def _run_rank(rank: int, num_ranks: int, store: str, function: Callable[..., Any
                 world_size=num_ranks,
                 timeout=timedelta(seconds=TIMEOUT_S),
             )
+            distributed.open_messages(timedelta(seconds=TIMEOUT_S))
         results.put((rank, None, function(rank, *args)))
         if num_ranks > 1:
             dist.barrier()

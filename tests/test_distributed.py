@@ -1,8 +1,12 @@
 """What ranks exchange, on real gloo ranks and at one rank."""
 
+import time
+from datetime import timedelta
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dist_contrastive import distributed
@@ -211,6 +215,79 @@ def test_ranks_that_fail_at_different_moments(bad_ranks: dict[int, int], failed:
     assert run_ranks(attempt_with_failures, 3, bad_ranks) == [f"failed on {failed}"] * 3
 
 
+class OfAGPU(distributed._Attempt):
+    """An attempt on a device that adds up when it comes to it: the host goes on, and reads nothing of what will be there."""
+
+    def __init__(self, device: torch.device, message_size: int) -> None:
+        super().__init__(device, message_size)
+        self.under_way: list[dist.Work] = []
+
+    def small_sum(self, x: torch.Tensor) -> torch.Tensor:
+        message = torch.zeros(self._room, dtype=torch.float64)
+        message[: len(x)] = x
+        self.under_way.append(self._add_up(message))
+        return message[: len(x)]
+
+
+def attempt_small_sums(rank: int, bad_ranks: dict[int, int], asks: bool, like_a_gpu: bool) -> tuple[str, int]:
+    """Three small sums, with or without a question after each; rank r fails before number `bad_ranks[r]` of these, or after
+    all of them. What came of it, and how many collectives the rank has come to."""
+    if like_a_gpu:
+        distributed._Attempt = OfAGPU  # type: ignore[misc]
+
+    def call() -> OfAGPU | None:
+        for number in range(4):
+            if number == bad_ranks.get(rank):
+                raise MemoryError
+            if number < 3:
+                distributed.small_sum(torch.full((number,), 1.0).double())
+                if asks:
+                    distributed.barrier()
+        return distributed._attempt if like_a_gpu else None  # type: ignore[return-value]
+
+    try:
+        attempt = distributed.attempt(
+            call, lambda error: isinstance(error, MemoryError), torch.device("cpu"), message_size=2
+        )
+        for work in attempt.under_way if attempt else ():
+            work.wait()
+        outcome = "done"
+    except distributed.RanksFailed as failure:
+        outcome = f"failed on {failure.ranks}"
+    assert distributed.all_reduce_sum(torch.ones(1)) == distributed.world_size()
+    distributed.barrier()
+    return outcome, distributed.arrivals()
+
+
+@pytest.mark.parametrize("like_a_gpu", [False, True])
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize(
+    ("num_ranks", "bad_ranks", "failed"),
+    [
+        (2, {}, []),
+        (2, {0: 1}, [0]),
+        (2, {1: 0}, [1]),
+        (2, {1: 3}, [1]),
+        (2, {0: 2, 1: 2}, [0, 1]),
+        (4, {3: 1}, [3]),
+        (4, {0: 2, 2: 2}, [0, 2]),
+        (4, {0: 1, 1: 1, 2: 1, 3: 1}, [0, 1, 2, 3]),
+    ],
+)
+def test_a_failure_between_small_sums(
+    num_ranks: int, bad_ranks: dict[int, int], failed: list[int], asks: bool, like_a_gpu: bool
+) -> None:
+    outcomes = run_ranks(attempt_small_sums, num_ranks, bad_ranks, asks, like_a_gpu)
+    assert [outcome for outcome, _ in outcomes] == [f"failed on {failed}" if failed else "done"] * num_ranks
+    assert len({arrivals for _, arrivals in outcomes}) == 1, "none seems to lag behind the others"
+
+
+@pytest.mark.parametrize("like_a_gpu", [False, True])
+def test_failures_between_different_small_sums(like_a_gpu: bool) -> None:
+    outcomes = run_ranks(attempt_small_sums, 4, {0: 0, 1: 1, 2: 2, 3: 3}, False, like_a_gpu)
+    assert [outcome for outcome, _ in outcomes] == ["failed on [0, 1, 2, 3]"] * 4
+
+
 def test_an_attempt_of_one_rank() -> None:
     assert attempt_with_failures(0, {}) == "3.0"
     assert attempt_with_failures(0, {0: 2}) == "failed on [0]"
@@ -256,6 +333,31 @@ def test_rank_0_tells_the_others() -> None:
         assert value == {"from": 0}
         for buffer, expected in zip(buffers, nn.BatchNorm1d(3).buffers(), strict=True):
             np.testing.assert_array_equal(buffer, expected.numpy())
+
+
+def wait_for_rank_0(rank: int, over_messages: bool) -> None:
+    dist.set_timeout(timedelta(seconds=1))
+    if rank == 0:
+        time.sleep(3)
+    if over_messages:
+        assert distributed.together(lambda: rank) == rank
+    else:
+        distributed.all_reduce_sum(torch.ones(1))
+
+
+def test_messages_outlast_the_time_out_of_what_goes_between_devices() -> None:
+    run_ranks(wait_for_rank_0, 2, True)
+    with pytest.raises(RankError, match=r"(?i)timed out|timeout"):
+        run_ranks(wait_for_rank_0, 2, False)
+
+
+def answer(rank: int) -> tuple[list[int], bool, bool]:
+    return distributed.gather_numbers(10 - rank), distributed.any_rank(rank == 1), distributed.any_rank(False)
+
+
+def test_hosts_ask_one_another() -> None:
+    assert run_ranks(answer, 2) == [([10, 9], True, False)] * 2
+    assert answer(0) == ([10], False, False)
 
 
 def fail_on_rank_1(rank: int) -> None:

@@ -10,6 +10,8 @@ What it can't see: workspaces of cuDNN and NCCL, the context, the allocator's ro
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dist_contrastive import distributed
 from dist_contrastive.simulate.autograd import python_engine
 from dist_contrastive.simulate.patches import attribute, patched
 
@@ -142,6 +145,10 @@ def _forward(ddp: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
     return output
 
 
+def _talk_to_nobody(new_group: Callable[..., Any], backend: str, timeout: timedelta) -> Any:
+    return new_group(backend="fake", timeout=timeout)
+
+
 @contextmanager
 def _rank_of(ranks: int) -> Iterator[None]:
     """Rank 0 of `ranks`, as a launcher would have started it: environment and process group; at one rank, none."""
@@ -157,7 +164,7 @@ def _rank_of(ranks: int) -> Iterator[None]:
         yield
     finally:
         if ranks > 1:
-            dist.destroy_process_group()
+            distributed.shut_down()
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
@@ -184,6 +191,7 @@ def fake_cuda(ranks: int, on_sync: Callable[[str], None]) -> Iterator[None]:
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "synchronize", lambda *args: on_sync("synchronize")),
         (dist, "get_backend", lambda group=None: "nccl"),
+        (dist, "new_group", partial(_talk_to_nobody, attribute(dist, "new_group"))),
         (Tensor, "pin_memory", lambda tensor, *args: pin(tensor)),
         (FakeTensor, "tolist", read),
         (FakeTensorMode, "avoid_device_init", True),

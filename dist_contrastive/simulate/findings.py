@@ -44,6 +44,8 @@ class Collective:
     where: Place
     caller: Place | None
     """The nearest line in another file that led to it."""
+    is_message: bool
+    """Whether it goes from host to host, for which no device waits."""
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,14 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 import dist_contrastive
+from dist_contrastive import distributed
 from dist_contrastive.simulate.device import device_type, is_ready_to_copy
 from dist_contrastive.simulate.findings import Collective, HostSync, Operation, Place, WrongDevice
 
@@ -62,7 +64,7 @@ class Watch(TorchDispatchMode):
     def clear(self) -> None:
         self._operations: Counter[str] = Counter()
         self._flops: Counter[str] = Counter()
-        self._collectives: Counter[tuple[str, int, Place, Place | None]] = Counter()
+        self._collectives: Counter[tuple[str, int, bool, Place, Place | None]] = Counter()
         self._syncs: Counter[tuple[str, Place, Place | None]] = Counter()
         self._wrong: Counter[tuple[str, Place, Place | None]] = Counter()
 
@@ -94,9 +96,11 @@ class Watch(TorchDispatchMode):
         tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
         size = max((sum(x.numel() * x.element_size() for x in group) for group in tensors), default=0)
         kind = str(func.overloadpacket).removeprefix("c10d.").strip("_")
-        self._collectives[kind, size, *places()] += 1
-        if not all(self._is_here(x) for group in tensors for x in group):
-            self._wrong[f"{kind} of a tensor that is not on the {self._device_type} device", *places()] += 1
+        is_message = any(group == distributed.messages() for group in map(_process_group, args) if group)
+        self._collectives[kind, size, is_message, *places()] += 1
+        needed = "cpu" if is_message else self._device_type
+        if any(device_type(x) != needed for group in tensors for x in group):
+            self._wrong[f"{kind} of a tensor that is not on the {needed} device", *places()] += 1
 
     def _synchronizes(self, func: Any, args: Any, kwargs: Any) -> None:
         """Note it if a GPU would make the host wait for `func`."""
@@ -151,8 +155,8 @@ class Watch(TorchDispatchMode):
     def collectives(self) -> tuple[Collective, ...]:
         """In the order of their first call."""
         return tuple(
-            Collective(kind, count, size, where, caller)
-            for (kind, size, where, caller), count in self._collectives.items()
+            Collective(kind, count, size, where, caller, is_message)
+            for (kind, size, is_message, where, caller), count in self._collectives.items()
         )
 
     @property
@@ -164,6 +168,14 @@ class Watch(TorchDispatchMode):
     def wrong_devices(self) -> tuple[WrongDevice, ...]:
         """In the order of their first call, each once."""
         return tuple(WrongDevice(*key) for key in self._wrong)
+
+
+def _process_group(arg: Any) -> dist.ProcessGroup | None:
+    """The process group that an argument of a collective is, if it is one."""
+    try:
+        return dist.ProcessGroup.unbox(arg) if isinstance(arg, torch.ScriptObject) else None
+    except RuntimeError:  # the kind of reduction, say
+        return None
 
 
 def places() -> tuple[Place, Place | None]:
