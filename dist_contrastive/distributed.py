@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -89,7 +89,7 @@ def open_messages(timeout: timedelta) -> None:
     """
     global _messages
     if world_size() > 1 and _messages is None:
-        _messages = dist.new_group(backend="gloo", timeout=timeout)
+        _messages = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
         dist.set_timeout(MESSAGE_TIMEOUT, _messages)
 
 
