@@ -1,6 +1,7 @@
 """Start-up: connect the ranks, choose device and precision, and check that they are the ones asked for."""
 
 import datetime
+import logging
 import os
 import platform
 import subprocess
@@ -11,32 +12,80 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 import dist_contrastive
 from dist_contrastive import distributed
 from dist_contrastive.config import TrainConfig, UserError
-from dist_contrastive.preflight import ACCELERATE_NAMES, PRECISIONS, check_ranks, device_and_precision, launched_ranks
+from dist_contrastive.preflight import (
+    ACCELERATE_NAMES,
+    ZeroLaunch,
+    check_ranks,
+    device_and_precision,
+    launched_ranks,
+    zero_launch,
+)
+
+BUCKET = 2**25
+"""Numbers that DeepSpeed sends at once: 128 MiB of fp32."""
 
 
 def connect(config: TrainConfig) -> Accelerator:
     """The Accelerator of this rank, checked; `UserError` where what was launched is not what was asked for."""
     device, precision = device_and_precision(config.launch)
     timeout = datetime.timedelta(minutes=config.launch.timeout_minutes)
-    accelerator = Accelerator(
-        cpu=device == "cpu",
-        mixed_precision=ACCELERATE_NAMES[precision],
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timeout),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
-    )
+    zero = zero_launch(config)
+    if zero:
+        accelerator = _connect_deepspeed(zero, device, timeout)
+    else:
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision=ACCELERATE_NAMES[precision],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timeout),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
     _check(config, accelerator, device)
     distributed.open_messages(timeout)
     cores = len(os.sched_getaffinity(0))
     if device == "cpu":
         torch.set_num_threads(max(1, cores // distributed.local_ranks()))
     return accelerator
+
+
+def _connect_deepspeed(zero: ZeroLaunch, device: str, timeout: datetime.timedelta) -> Accelerator:
+    """The Accelerator of a rank under DeepSpeed, in whose config is what `step.zero` relies on."""
+    if device == "cpu":
+        # With `cpu=True` accelerate would take DistributedDataParallel without a word.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    # Messages in shared memory would be compiled now, which takes most of a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    optimizer_on = {"device": "cpu", "pin_memory": device == "cuda"} if zero.offload else {"device": "none"}
+    plugin = DeepSpeedPlugin(
+        hf_ds_config={
+            "train_micro_batch_size_per_gpu": 1,  # it asks, and the trainer cuts its batches itself
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,  # set before each update
+            "fp16": {"enabled": False},  # parameters stay in fp32, under autocast
+            "bf16": {"enabled": False},
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {
+                "stage": zero.stage,
+                "reduce_bucket_size": BUCKET,
+                "allgather_bucket_size": BUCKET,
+                "overlap_comm": False,  # gradients are averaged in one pass, when all are there
+                "offload_optimizer": optimizer_on,
+            },
+        }
+    )
+    backend = {"cpu": "gloo", "cuda": "nccl"}[device]
+    return Accelerator(
+        deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)]
+    )
 
 
 def _check(config: TrainConfig, accelerator: Accelerator, device: str) -> None:
@@ -52,11 +101,6 @@ def _check(config: TrainConfig, accelerator: Accelerator, device: str) -> None:
     check_ranks(config, ranks)
 
 
-def precision_of(accelerator: Accelerator) -> str:
-    """fp32, bf16 or fp16."""
-    return PRECISIONS[accelerator.mixed_precision]
-
-
 def source_commit() -> str | None:
     """The commit of this package's checkout, with `-dirty` where files were changed; None where it is no checkout of git."""
     root = Path(dist_contrastive.__file__).resolve().parent.parent
@@ -70,8 +114,9 @@ def source_commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
+def describe_machine(config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
     """What the run runs on, for its report: hardware, versions, ranks. Rank 0's names the package's commit, too."""
+    zero = zero_launch(config)
     machine: dict[str, Any] = {
         "system": platform.platform(),
         "cpu": _cpu_name(),
@@ -80,7 +125,8 @@ def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
         "ranks": accelerator.num_processes,
         "backend": dist.get_backend() if distributed.is_distributed() else "none (one rank)",
         "device": accelerator.device.type,
-        "precision": precision_of(accelerator),
+        "precision": device_and_precision(config.launch)[1],
+        "optimizer": f"ZeRO stage {zero.stage}{', on the host' * zero.offload}" if zero else "whole on each rank",
     }
     if accelerator.device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()

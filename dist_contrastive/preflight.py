@@ -4,8 +4,10 @@ Nothing is written, and each rank checks for itself, so all refuse alike. What m
 connected (the run's folder, which is locked then; the ranks that are there) is checked again by the same functions.
 """
 
+import importlib.util
 import math
 import os
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ def check(config: TrainConfig) -> None:
     check_dataset(config, find_manifest(config.data.path))
     check_ranks(config, launched_ranks())
     device_and_precision(config.launch)
+    zero_launch(config)
 
 
 def check_dataset(config: TrainConfig, manifest: Manifest) -> None:
@@ -95,6 +98,60 @@ def device_and_precision(wanted: LaunchConfig) -> tuple[str, str]:
         "this GPU computes no bf16 (that takes Ampere or newer: A100, RTX 30); use --launch.precision fp16",
     )
     return "cuda", precision
+
+
+@dataclass(frozen=True)
+class ZeroLaunch:
+    """What a launch config of DeepSpeed asks for."""
+
+    stage: int
+    """1 or 2."""
+    offload: bool
+    """Whether the optimizer's state lies in the host's memory."""
+
+
+def zero_launch(config: TrainConfig) -> ZeroLaunch | None:
+    """What was launched under DeepSpeed, None where nothing was; `UserError` where the run can't be computed so."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() not in ("1", "true", "yes"):
+        return None
+    for package in ("deepspeed", "transformers"):
+        require(
+            importlib.util.find_spec(package) is not None,
+            f"the launch config asks for DeepSpeed, and {package} is not installed: pip install 'dist_contrastive[deepspeed]'",
+        )
+    asked = {
+        "deepspeed_config_file": os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none"),
+        "zero_stage": os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"),
+        "offload_optimizer_device": os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none"),
+        "offload_param_device": os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none"),
+        "gradient_accumulation_steps": os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"),
+        "gradient_clipping": os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "none"),
+    }
+    can_be = {
+        "deepspeed_config_file": (
+            ("none",),
+            "the trainer makes DeepSpeed's config; give zero_stage in the launch config",
+        ),
+        "zero_stage": (
+            ("1", "2"),
+            "stage 3 splits parameters, which methods with teachers and queues read whole; give 1 or 2",
+        ),
+        "offload_optimizer_device": (("none", "cpu"), "give none or cpu"),
+        "offload_param_device": (("none",), "parameters are whole on each rank under stages 1 and 2; give none"),
+        "gradient_accumulation_steps": (("1", "auto"), "give 1, and --batch.micro to the trainer"),
+        "gradient_clipping": (("none", "auto", "0", "0.0"), "leave it out, and give --optim.clip-norm to the trainer"),
+    }
+    for name, (values, advice) in can_be.items():
+        require(
+            asked[name].lower() in values,
+            f"{name}: {asked[name]} of the launch config can't be computed here: {advice}",
+        )
+    require(
+        config.optim.name != "lars",
+        "--optim.name lars under DeepSpeed: each rank sees flat shares of the gradient, and LARS needs the norm of each "
+        "parameter; launch without DeepSpeed, or take adamw or sgd",
+    )
+    return ZeroLaunch(int(asked["zero_stage"]), asked["offload_optimizer_device"] == "cpu")
 
 
 def check_crops(config: TrainConfig, heights: np.ndarray, widths: np.ndarray) -> None:

@@ -129,7 +129,7 @@ class Run:
                 threads=self.threads,
             )
         self.scores: dict[str, Any] = {"baselines": {}, "history": []}
-        self.machine = describe_machine(accelerator)
+        self.machine = describe_machine(config, accelerator)
         self.metrics: MetricsLog | None = None
         self.unwritten: UserError | None = None
         """Why the metrics could not be written, until all ranks have stopped for it."""
@@ -200,6 +200,7 @@ class Run:
             )
             distributed.together(lambda: require(weights.sha256 == sha256, changed))
             notes.append(distributed.together(lambda: start_from(self.trainer.method, weights)))
+            self.trainer.replicas.adopt_parameters()
         self.config = dataclasses.replace(self.config, init_sha256=sha256)
         return notes
 

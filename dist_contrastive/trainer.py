@@ -18,13 +18,14 @@ from dist_contrastive.batch import Batch, balanced_slices
 from dist_contrastive.checkpoint import Checkpoint, CheckpointStore, load_module
 from dist_contrastive.config import TrainConfig, UserError, require, to_dict
 from dist_contrastive.data.augment import Augment
-from dist_contrastive.launch import precision_of
 from dist_contrastive.methods import Method, method_of
 from dist_contrastive.models.encoders import build_encoder
 from dist_contrastive.optim import build_optimizer, learning_rate, peak_learning_rate
+from dist_contrastive.preflight import device_and_precision, zero_launch
 from dist_contrastive.step.gradient import StepGradient, split
 from dist_contrastive.step.memory_plan import MemoryPlan, make_plan
 from dist_contrastive.step.replicas import DataParallel, OptimizerState, Replicas
+from dist_contrastive.step.zero import ShardedOptimizer
 
 # A loss scaler that had to go below this no longer helps: the gradients themselves are not finite.
 SMALLEST_LOSS_SCALE = 1.0
@@ -77,7 +78,12 @@ class Trainer:
         self.method = build_method(config)
         self.num_parameters = sum(p.numel() for p in self.method.parameters())
         optimizer = build_optimizer(config.optim, self.method)
-        self.replicas: Replicas = DataParallel(self.method, optimizer, accelerator)
+        _, self.precision = device_and_precision(config.launch)
+        self.replicas: Replicas
+        if zero_launch(config):
+            self.replicas = ShardedOptimizer(self.method, optimizer, accelerator, self.precision)
+        else:
+            self.replicas = DataParallel(self.method, optimizer, accelerator)
         self.gradient = StepGradient(
             self.replicas,
             Augment(config.augment, config.seed),
@@ -218,7 +224,7 @@ class Trainer:
                 "cursor": self.step * self.config.batch.size,
                 "config": to_dict(self.config),
                 "dataset_sha256": self._dataset_sha256,
-                "precision": precision_of(self.accelerator),
+                "precision": self.precision,
                 "ranks": distributed.world_size(),
                 "micro": self.gradient.micro,
                 "optimizer": optimizer.rest,
@@ -241,12 +247,12 @@ class Trainer:
             state["dataset_sha256"] == self._dataset_sha256,
             f"{checkpoint.path} was trained on another dataset than {self.config.data.path}; give the same file",
         )
-        precision = precision_of(self.accelerator)
         require(
-            state["precision"] == precision,
-            f"the run was started in {state['precision']}, not {precision}; pass --launch.precision {state['precision']}",
+            state["precision"] == self.precision,
+            f"the run was started in {state['precision']}, not {self.precision}; pass --launch.precision {state['precision']}",
         )
         load_module(self.method, checkpoint.tensors["model"])
+        self.replicas.adopt_parameters()
         self.replicas.load(OptimizerState(checkpoint.tensors["optimizer"], state["optimizer"], state["scaler"]))
         # A micro-batch that was found or forced stays what it was, for BatchNorm's sake, where it was for the same share.
         if state["ranks"] == distributed.world_size() and state["config"]["batch"] == to_dict(self.config)["batch"]:

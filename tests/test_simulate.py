@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import BatchConfig, EncoderConfig, TrainConfig, UserError
-from dist_contrastive.launch import PRECISIONS, connect
+from dist_contrastive.launch import connect
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.base import Embeddings, Losses
 from dist_contrastive.methods.simclr import SimCLR
 from dist_contrastive.models.sync_norm import SyncBatchNorm
 from dist_contrastive.optim import STATES_PER_PARAMETER
+from dist_contrastive.preflight import PRECISIONS
 from dist_contrastive.recipes import RECIPES
 from dist_contrastive.simulate import Collective, Place, Precision, Simulation, simulate
 from dist_contrastive.simulate.autograd import python_engine

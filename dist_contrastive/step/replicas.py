@@ -93,6 +93,10 @@ class Replicas(ABC):
         """Whether the optimizer has made the state that its first update needs."""
 
     @abstractmethod
+    def adopt_parameters(self) -> None:
+        """Go on from the method's parameters as they are now: something else than an update has set them, alike on all ranks."""
+
+    @abstractmethod
     def state(self) -> OptimizerState:
         """A copy or a view of the state, to be written before the next update."""
 
@@ -184,6 +188,9 @@ class DataParallel(Replicas):
     @property
     def has_state(self) -> bool:
         return bool(self.optimizer.state)
+
+    def adopt_parameters(self) -> None:
+        pass
 
     def state(self) -> OptimizerState:
         tensors, rest = optimizer_tensors(self.optimizer)
