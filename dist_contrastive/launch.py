@@ -63,7 +63,7 @@ def _connect_deepspeed(zero: ZeroLaunch, device: str, timeout: datetime.timedelt
 
     # Messages in shared memory would be compiled now, which takes most of a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     optimizer_on = {"device": "cpu", "pin_memory": device == "cuda"} if zero.offload else {"device": "none"}
     plugin = DeepSpeedPlugin(
         hf_ds_config={

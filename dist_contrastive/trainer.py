@@ -130,7 +130,7 @@ class Trainer:
         outcome = self.gradient.compute(batch, self.step)
         grad_norm = self.replicas.norm_and_clip(self.config.optim.clip_norm)
         values = self._agree({**outcome.losses, **outcome.report}, grad_norm)
-        self.replicas.update()
+        self.gradient.attempt_update(self.step)
         self.step += 1
         self.method.after_step(self.step / self.total_steps, outcome.embeddings)
         return {**values, "learning_rate": rate}

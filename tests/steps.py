@@ -49,12 +49,16 @@ def as_it_is(batch: Batch, device: torch.device) -> Batch:
 
 
 def step_gradient(
-    method: Method, micro: int, precision: str = "no", augmentation: Augmentation = as_it_is
+    method: Method,
+    micro: int,
+    precision: str = "no",
+    augmentation: Augmentation = as_it_is,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> StepGradient:
     AcceleratorState._reset_state(
         reset_partial_state=True
     )  # another test of this process may have had another precision
-    optimizer = torch.optim.SGD(method.parameters(), lr=0.0)
+    optimizer = optimizer or torch.optim.SGD(method.parameters(), lr=0.0)
     replicas = DataParallel(method, optimizer, Accelerator(cpu=True, mixed_precision=precision))
     return StepGradient(replicas, augmentation, seed=0, micro=micro)
 

@@ -379,6 +379,31 @@ def test_halving_takes_what_is_left_where_half_would_leave_a_part_too_small() ->
     assert steps.micro == 3
 
 
+class HungryOptimizer(torch.optim.SGD):
+    """Out of memory when it makes its state, on one rank."""
+
+    def step(self, closure: Any = None) -> Any:
+        if distributed.rank() == 1:
+            raise torch.OutOfMemoryError("injected")
+        return super().step(closure)
+
+
+def update_without_memory(rank: int) -> tuple[str, bool]:
+    """What an update says that fails on rank 1, and whether the ranks can talk after it."""
+    method = build("simclr", GROUP)
+    steps = step_gradient(method, 0, optimizer=HungryOptimizer(method.parameters(), lr=0.1, momentum=0.9))
+    steps.compute(share_of_batch(method), 0)
+    with pytest.raises(UserError) as caught:
+        steps.attempt_update(0)
+    return str(caught.value), distributed.gather_objects(rank) == [0, 1]
+
+
+def test_out_of_memory_in_the_optimizers_first_update_ends_all_ranks_with_one_line() -> None:
+    for message, together in run_ranks(update_without_memory, 2):
+        assert message.startswith("step 1: out of memory on rank(s) [1] in the optimizer's update (injected); ")
+        assert together
+
+
 def other_error(rank: int) -> None:
     method = build("simclr", GROUP)
     method.loss = None  # type: ignore[assignment, method-assign]

@@ -106,9 +106,30 @@ class StepGradient:
             release_memory(self._device)
             self._halve(len(batch.labels), step, failed)
 
-    def _halve(self, rank_batch: int, step: int, failed: list[int]) -> None:
-        quoted = next(text for text in distributed.gather_objects(self._quoted) if text)
+    def attempt_update(self, step: int) -> None:
+        """Let the optimizer update by the gradient, after `step` other updates.
+
+        `UserError` on all ranks where memory runs out on any. What is updated half can't be repeated.
+        """
+        try:
+            if not self.replicas.has_state:
+                self._attempt(self.replicas.make_room)
+            self._attempt(self.replicas.update)
+        except distributed.RanksFailed as failure:
+            raise UserError(
+                f"step {step + 1}: out of memory on rank(s) {failure.ranks} in the optimizer's update ({self._gather_quote()}); "
+                "what was saved is kept; give a smaller --batch.micro, which leaves more to the optimizer, or launch with "
+                "launch_configs/deepspeed_zero1.yaml, which shares its state among the ranks"
+            ) from failure
+
+    def _gather_quote(self) -> str:
+        """How memory ran out on the first rank where it did."""
+        quoted: str = next(text for text in distributed.gather_objects(self._quoted) if text)
         self._quoted = ""
+        return quoted
+
+    def _halve(self, rank_batch: int, step: int, failed: list[int]) -> None:
+        quoted = self._gather_quote()
         micro = min(self.micro or rank_batch, rank_batch)
         smaller = [m for m in range(1, micro) if smallest_part(rank_batch, m) >= self.fewest]
         if not smaller:

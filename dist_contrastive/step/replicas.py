@@ -78,6 +78,12 @@ class Replicas(ABC):
         Not finite where any number of the gradient is not.
         """
 
+    def make_room(self) -> None:  # noqa: B027 - most have nothing to do
+        """Take the memory that the first update takes, and give it back.
+
+        For an update in which ranks wait for one another: a rank without memory must be found before it.
+        """
+
     @abstractmethod
     def update(self) -> None:
         """Let the optimizer move the parameters by the gradient, and forget that. Under fp16 an overflow skips the update."""

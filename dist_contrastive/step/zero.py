@@ -20,6 +20,8 @@ from dist_contrastive.step.replicas import Embedder, OptimizerState, Replicas
 
 GROWTH, BACKOFF, GROWTH_INTERVAL, FIRST_SCALE = 2.0, 0.5, 2000, 65536.0
 """Of the loss scale, as torch.amp.GradScaler has them."""
+STATES = 2
+"""Tensors of its parameters' size that an optimizer keeps, at most."""
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -70,6 +72,11 @@ class ShardedOptimizer(Replicas):
         norm: Tensor = self._zero.scaled_global_norm() / self._scale
         self._zero.clip_grad = largest
         return norm
+
+    def make_room(self) -> None:
+        # Its state, its share of the gradient as one flat tensor, and as much for intermediate results.
+        held = [torch.empty_like(share) for share, _, _ in self._shares() for _ in range(STATES + 2)]
+        held.clear()
 
     def update(self) -> None:
         distributed.arrive()
