@@ -1,5 +1,6 @@
 # make demo   sets everything up and runs the main job on this machine's processors
 # make test   sets everything up and passes lint, types and tests
+# make quick  lint, types and the tests that start no processes of their own: a few minutes, for the hand that edits
 # PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made with; it must be 3.11 or newer.
 
 SHELL := /bin/bash
@@ -9,12 +10,13 @@ RUN := runs/demo
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types format clean
+.PHONY: help setup demo test quick lint types format clean
 
 help:
 	@echo 'make setup    system packages, .venv and pinned versions; a second run installs nothing'
 	@echo 'make demo     set-up, then SimCLR on embedded photographs with two ranks: $(RUN)/report.html'
 	@echo 'make test     set-up, then lint, types and tests'
+	@echo 'make quick    lint, types and the tests that start no processes'
 	@echo 'make lint     ruff check and ruff format --check'
 	@echo 'make types    mypy'
 	@echo 'make format   let ruff rewrite the code'
@@ -32,6 +34,9 @@ demo: setup
 
 test: lint types
 	$(BIN)/python -m pytest
+
+quick: lint types
+	$(BIN)/python -m pytest -m 'not processes' -p no:cacheprovider
 
 lint: setup
 	$(BIN)/ruff check .

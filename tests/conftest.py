@@ -14,6 +14,7 @@ install_import_hook(CHECKED, "beartype.beartype")
 from dist_contrastive import cli  # noqa: E402
 from dist_contrastive.recipes import DEFAULT_RECIPE, RECIPES  # noqa: E402
 from tests import harness  # noqa: E402, F401 - it sets its own preload, which the next line replaces
+from tests.processes import starts_processes  # noqa: E402
 
 # The server that ranks are forked from imports this file before the modules that it checks.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
@@ -22,6 +23,13 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
 
 # Threads that share the work of tensors as small as these mostly wait for one another.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        if any(starts_processes(item.path, name) for name in (item.originalname, *item.fixturenames)):
+            item.add_marker("processes")
 
 
 @pytest.fixture
