@@ -182,14 +182,15 @@ def no_room(run: Run, draw: random.Random) -> None:
 
 
 def lose_checkpoints(run: Run, draw: random.Random) -> None:
-    """The folder of checkpoints is away for a while."""
-    away = run.folder.with_suffix(".away")
-    (run.folder / "checkpoints").rename(away)
+    """Where the folder of checkpoints was, there is for a while something that takes no files."""
+    away, place = run.folder.with_suffix(".away"), run.folder / "checkpoints"
+    place.rename(away)
+    place.write_text("")
     try:
         run.wait_until_over()
     finally:
-        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
-        away.rename(run.folder / "checkpoints")
+        place.unlink()
+        away.rename(place)
 
 
 def delete_folder(run: Run, draw: random.Random) -> None:
@@ -266,7 +267,7 @@ OUTSIDE = [
     Fault("two different signals", two_signals),
     Fault("SIGSTOP of a rank", suspend, ("silent for", "died")),
     Fault("no room on the disk", no_room, ("can't be written", "File too large")),
-    Fault("checkpoints vanish", lose_checkpoints, ("can't be", "No such file")),
+    Fault("checkpoints vanish", lose_checkpoints, ("can't be",)),
     Fault("the run's folder is deleted", delete_folder),
     Fault("a second launch on the folder", second_launch, ends=False),
     Fault("corrupt records", corrupt_data, ("sample", "record", "JPEG", "decode")),
