@@ -14,7 +14,7 @@ A run that was stopped goes on where it stopped when the same command is given a
 import sys
 from collections.abc import Sequence
 
-from dist_contrastive import cli, distributed, liveness, preflight
+from dist_contrastive import cli, distributed, liveness, preflight, slurm
 from dist_contrastive.config import TrainConfig, UserError
 from dist_contrastive.recipes import DEFAULT_RECIPE, build_recipe, list_recipes
 
@@ -36,6 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    slurm.adopt_slurm()
     liveness.end_with_launcher()
     config = parse(argv)
     preflight.check(config)
