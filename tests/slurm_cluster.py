@@ -1,7 +1,8 @@
-"""A real Slurm of two nodes, n1 and n2, on this machine: munged, slurmctld and two slurmd in a folder of its own.
+"""A real Slurm of three nodes on this machine: munged, slurmctld and three slurmd in a folder of its own.
 
-Each slurmd has a mount namespace of its own, with a hosts file in which both names are the loopback. The namespace also
-tells which processes are the node's: a node that is killed takes all of them along, as a power cut would.
+Each node has a mount namespace: a hosts file in which the nodes' names are the loopback, and a disk of its own, which the
+other nodes don't see. The namespace also tells which processes are the node's: a node that is killed takes all of them
+along, as a power cut would. Each has one core, with those of the machine dealt out in turn.
 """
 
 import getpass
@@ -17,25 +18,26 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3")
+NODE_LINE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=4096 State=UNKNOWN"
 DAEMONS = ("munged", "slurmctld", "slurmd")
 TIMEOUT_S = 60.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 # What is not Slurm's default, and why:
 # - both daemons of a node and the controller talk over the loopback, as root, with munge on a socket of this cluster's;
-# - cred_expire is how long a requeued job waits before it may start again (120 s by default);
+# - cred_expire is how long a requeued job waits before it may start again (120 s by default; 5 s is the least);
 # - nothing is accounted, tracked or bound: that takes cgroups, or daemons of its own;
 # - time-outs in seconds in which a test sees a node's death or a preemption.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldPort={port}
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire=3
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -61,10 +63,9 @@ KillWait=5
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4096 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4096 State=UNKNOWN
-PartitionName=normal Nodes=n1,n2 Default=YES PriorityTier=1 GraceTime=30 MaxTime=INFINITE State=UP
-PartitionName=urgent Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
+{nodes}
+PartitionName=normal Nodes=ALL Default=YES PriorityTier=1 GraceTime=30 MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 
 
@@ -72,9 +73,7 @@ def why_not() -> str | None:
     """Why no cluster can be started here; None where one can."""
     missing = [name for name in DAEMONS if shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None]
     if missing:
-        return (
-            f"Slurm is not installed: {', '.join(missing)} not found (apt-get install --no-install-recommends slurm-wlm munge)"
-        )
+        return f"Slurm is not installed: {', '.join(missing)} not found (apt-get install --no-install-recommends slurm-wlm munge)"
     if os.geteuid() != 0:
         return f"Slurm's daemons run as root in these tests, and this is {getpass.getuser()}"
     unshared = subprocess.run(["unshare", "--mount", "true"], capture_output=True, text=True, check=False)
@@ -86,12 +85,15 @@ def why_not() -> str | None:
 class Cluster:
     """Context manager: within it the cluster runs; after it none of its processes is left.
 
-    `environment` is what a command needs to talk to this cluster (`run` passes it).
+    Attributes:
+        environment: what a command needs to talk to this cluster (`run` passes it).
+        local: where each node has its own disk; `disk` tells where that lies for everybody.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.local = folder / "local"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "Cluster":
@@ -101,7 +103,7 @@ class Cluster:
             self._start("slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
             for node in NODES:
                 self.start_node(node)
-            self.wait(lambda: all(self.node_state(node) == "idle" for node in NODES), "both nodes to be idle")
+            self.wait(lambda: all(self.node_state(node) == "idle" for node in NODES), "all nodes to be idle")
         except BaseException:
             self._stop()
             raise
@@ -112,11 +114,13 @@ class Cluster:
 
     def _write_config(self) -> None:
         host = socket.gethostname().partition(".")[0]
-        for name in ("state", "munge", *(f"spool-{node}" for node in NODES)):
+        for name in ("state", "munge", "local", *(f"{kind}-{node}" for kind in ("spool", "local") for node in NODES)):
             (self.folder / name).mkdir(parents=True, mode=0o700)
         self.folder.chmod(0o755)  # munge's clients reach its socket through it
         (self.folder / "munge").chmod(0o755)
-        config = CONFIG.format(host=host, folder=self.folder, ports=_free_ports(3))
+        port, *ports = _free_ports(1 + len(NODES))
+        nodes = [NODE_LINE.format(name=name, host=host, port=port) for name, port in zip(NODES, ports, strict=True)]
+        config = CONFIG.format(host=host, folder=self.folder, port=port, nodes="\n".join(nodes))
         (self.folder / "slurm.conf").write_text(config)
         (self.folder / "hosts").write_text("".join(f"127.0.0.1 {name}\n" for name in ("localhost", host, *NODES)))
 
@@ -132,18 +136,27 @@ class Cluster:
         self.wait((folder / "socket").exists, "munge's socket")
 
     def _start(self, name: str, *command: str) -> None:
-        """Start a daemon in a mount namespace of its own in which the nodes' names are known."""
-        script = 'mount --bind "$0" /etc/hosts && exec "$@"'
+        """Start a daemon in a mount namespace of its own."""
+        local = self.disk(name) if name in NODES else self.local
+        script = 'mount --bind "$0" /etc/hosts && mount --bind "$1" "$2" && shift 2 && exec "$@"'
         with open(self.folder / f"{name}.out", "ab") as output:
             self._processes[name] = subprocess.Popen(
-                ["unshare", "--mount", "bash", "-c", script, str(self.folder / "hosts"), *command],
+                ["unshare", "--mount", "bash", "-c", script, str(self.folder / "hosts"), str(local), str(self.local), *command],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
                 env={**self.environment, "PATH": f"{os.environ['PATH']}:/usr/sbin"},
             )  # fmt: skip
 
     def start_node(self, node: str) -> None:
         """Start the node's slurmd, for the first time or after `kill_node`."""
-        self._start(node, "slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
+        cores = sorted(os.sched_getaffinity(0))
+        core = cores[NODES.index(node) % len(cores)]
+        self._start(
+            node, "taskset", "--cpu-list", str(core), "slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf")
+        )
+
+    def disk(self, node: str) -> Path:
+        """What lies on the node's own disk, which the node itself has at `local`."""
+        return self.folder / f"local-{node}"
 
     def kill_node(self, node: str) -> None:
         """End everything on the node at once: its slurmd, and its jobs."""
