@@ -14,10 +14,11 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, NoReturn, TypeVar, overload
 
 import tyro
 
@@ -118,9 +119,7 @@ def main_guard(function: Callable[[], object]) -> int:
     try:
         function()
     except UserError as error:
-        # All ranks of a run stop at the same mistake.
-        if _speaks_for_host():
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        tell_mistake(str(error))
         return EXIT_USER_ERROR
     except KeyboardInterrupt as error:
         print(f"error: interrupted {error}".rstrip(), file=sys.stderr, flush=True)
@@ -128,10 +127,25 @@ def main_guard(function: Callable[[], object]) -> int:
     return 0
 
 
+def tell_mistake(text: str) -> None:
+    """The one line about a user's mistake; once a host, as all ranks of a run stop at the same one."""
+    if speaks_for_host():
+        print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """End the process from any thread, without what libraries do at exit, which may wait for other ranks."""
+    signal.alarm(5)  # should nobody read what is flushed
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
 @contextlib.contextmanager
 def page() -> Iterator[None]:
     """What is printed within the context is there to be read: once a host, and as far as the reader wants (head, less)."""
-    if not _speaks_for_host():
+    if not speaks_for_host():
         with contextlib.redirect_stdout(io.StringIO()):
             yield
         return
@@ -145,7 +159,7 @@ def page() -> Iterator[None]:
         sys.exit()
 
 
-def _speaks_for_host() -> bool:
+def speaks_for_host() -> bool:
     """Whether this process is the one rank of its host that tells people what all ranks would say."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dist_contrastive.batch import Share
 from dist_contrastive.config import UserError
+from dist_contrastive.signals import Stopped
 
 T = TypeVar("T")
 
@@ -182,18 +183,23 @@ def broadcast_buffers(module: nn.Module) -> None:
 
 
 def together(call: Callable[[], T]) -> T:
-    """This rank's `call()`; a `UserError` in any rank's call is raised on all of them, so that none waits for the others."""
-    result, error = None, None
+    """This rank's `call()`; a `UserError` or a `Stopped` in any rank's call is raised on all of them, so that none waits for
+    the others. A mistake of the user comes first."""
+    result, error, stopped = None, None, False
     try:
         result = call()
     except UserError as caught:
         error = caught
-    errors = gather_objects(None if error is None else str(error))
-    first = next((text for text in errors if text is not None), None)
+    except Stopped:
+        stopped = True
+    outcomes = gather_objects((None if error is None else str(error), stopped))
+    first = next((text for text, _ in outcomes if text is not None), None)
     if error is None and first is not None:
         error = UserError(first)
     if error is not None:
         raise error
+    if any(stopped for _, stopped in outcomes):
+        raise Stopped
     return result  # type: ignore[return-value]
 
 

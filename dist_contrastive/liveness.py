@@ -4,8 +4,12 @@ A collective whose rank is gone fails with an error about a connection, or after
 was; over NCCL it may not fail at all. So each rank has a thread that beats: it writes to the ranks' store that it is alive
 and how many collectives this rank has come to, reads the same of the others, and looks at the processes on its own host.
 The lowest rank that is left prints one line, each one its traceback, and all end with status 1.
+
+The same way goes what a rank has to tell without a collective: that it is at work by itself (`busy`), for which the others
+wait as long as it beats; that it was asked to stop (`signals`); and the user's mistake by which it ends.
 """
 
+import json
 import os
 import re
 import signal
@@ -17,22 +21,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import NoReturn
 
 import psutil
 import torch.distributed as dist
 
-from dist_contrastive import cli, distributed, processes
+from dist_contrastive import cli, distributed, processes, signals
 from dist_contrastive.config import UserError
 
 PARENT_CHECK_S = 0.5
+STOPPING_S = 30.0
+"""What launchers leave their ranks between SIGTERM and SIGKILL, and a rank itself where its launcher is gone already."""
+BUSY_LINE_S = 10.0
+"""For a rank that is at work by itself others wait without a word so long."""
 GRACE_S = 3.0
 """How long the main thread may take to end by itself, with the error of the collective that it waits in."""
 MARGIN = 0.1
 """Part of the collectives' time-out by which silence is noticed before the backend notices it, which may abort the process."""
 STORE_TIMEOUT_S = 10.0
-HERE, LEFT, FAILED = "here", "left", "failed"
+HERE, LEFT, FAILED, REFUSED = "here", "left", "failed", "refused"
 OF_COMMUNICATION = re.compile(r"gloo|nccl|connection|peer|socket|timed? ?out|store", re.IGNORECASE)
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed")
 REAPERS = ("init", "systemd", "tini", "docker-init", "dumb-init", "slurmstepd")
@@ -41,12 +48,28 @@ REAPERS = ("init", "systemd", "tini", "docker-init", "dumb-init", "slurmstepd")
 _step = 0
 _watches = 0
 _listener: Callable[[str], None] | None = None
+_work = ""
+"""What this rank does by itself; empty where it does nothing but what all do."""
 
 
 def at_step(step: int) -> None:
     """Say which update (from 1) this rank works on, for the line about a rank that does not take part in it."""
     global _step
     _step = step
+
+
+@contextmanager
+def busy(work: str) -> Iterator[None]:
+    """Within the context this rank does something long by itself, as in `verifies data/photos.beton`.
+
+    The others wait for it as long as it is heard of; rank 0 prints a line when that gets long.
+    """
+    global _work
+    before, _work = _work, work
+    try:
+        yield
+    finally:
+        _work = before
 
 
 def tell_faults(listener: Callable[[str], None]) -> None:
@@ -69,24 +92,17 @@ def run_rank(main: Callable[[], object]) -> NoReturn:
     to its end): other ranks may wait for it, and what libraries do at exit may wait for them. Then the process ends at once, so
     that the launcher sees it and ends the others.
     """
-    try:
-        status = cli.main_guard(main)
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    if distributed.is_distributed():
-        _exit(status)
+    with signals.handled():  # until the last line is printed: a launcher ends all ranks as soon as one has ended
+        try:
+            status = cli.main_guard(main)
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except Exception:
+            traceback.print_exc()
+            status = 1
+        if distributed.is_distributed():
+            cli.exit_at_once(status)
     sys.exit(status)
-
-
-def _exit(status: int) -> NoReturn:
-    signal.alarm(5)  # should nobody read what is flushed
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(status)
 
 
 def end_with_launcher() -> None:
@@ -111,6 +127,8 @@ def _is_launcher(process: psutil.Process) -> bool:
 def _watch_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_S)
+    if signals.requested():  # a launcher that was told to stop, too, may not have waited for the last checkpoint
+        time.sleep(STOPPING_S)
     _end_without_launcher()
 
 
@@ -121,7 +139,7 @@ def _end_without_launcher() -> NoReturn:
             child.kill()
     with suppress(OSError, ValueError):
         _tell(f"the launcher of rank {os.environ.get('RANK', 0)} is gone", "what was saved is kept")
-    _exit(1)
+    cli.exit_at_once(1)
 
 
 @dataclass
@@ -133,8 +151,14 @@ class _Peer:
     state: str = HERE
     beats: int = 0
     arrivals: int = 0
+    work: str = ""
+    """What it does by itself."""
+    mistake: str = ""
+    """The user's, by which it ends."""
     silent_beats: int = 0
     """Own beats since the last news of its."""
+    late_beats: int = 0
+    """Own beats in which this rank waited for it, and it did nothing that it had announced."""
 
     def is_gone(self) -> bool:
         """Whether its process is known to have ended."""
@@ -166,10 +190,14 @@ def watch(timeout_s: float) -> Iterator[None]:
     watching.start()
     try:
         yield
-    except (UserError, KeyboardInterrupt, SystemExit):
+    except UserError as error:
+        watching.refuse(str(error))
+        raise
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        watching.explain(error)
+        if mistake := watching.explain(error):
+            raise UserError(mistake) from None
         raise
     finally:
         watching.stop()
@@ -188,38 +216,48 @@ class _Watch:
         )  # of its own: another thread may wait in the ranks' for long
         self._store.set_timeout(timedelta(seconds=STORE_TIMEOUT_S))
         self._state = HERE
+        self._mistake = ""
         self._beats = 0
-        self._waited_beats = 0
+        self._waited_for: dict[int, int] = {}
+        """Ranks at work by themselves, for how many beats others have waited for each."""
         self._arrivals = 0
         self._store_failures = 0
         self._named = False
         self._lock = threading.RLock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._on_terminate: signal.Handlers | object = None
         self._write()
         # After this all have written.
         known = distributed.gather_objects((processes.machine(), os.getpid()))
         self._peers = {rank: _Peer(_visible_process(*where)) for rank, where in enumerate(known) if rank != self.rank}
 
     def start(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            # A launcher ends the others as soon as one rank is dead, before the next beat.
-            self._on_terminate = signal.signal(signal.SIGTERM, self._terminate)
         self._thread.start()
 
     def stop(self) -> None:
         self._stopped.set()
         self._say_farewell()
-        if self._on_terminate is not None and signal.getsignal(signal.SIGTERM) == self._terminate:
-            signal.signal(signal.SIGTERM, self._on_terminate)  # type: ignore[arg-type]
 
-    def explain(self, error: BaseException) -> None:
-        """Name the ranks that are missing, where `error` may come from that; else tell the others that this rank failed."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(
-                signal.SIGTERM, signal.SIG_IGN
-            )  # this process is about to end, and has something to say first
+    def refuse(self, mistake: str) -> None:
+        """Tell the others by which mistake of the user this rank ends; they may not know of it, and wait for it."""
+        with self._lock:
+            self._state, self._mistake = REFUSED, mistake
+        self._say_farewell()
+        # Until they have heard of it: with rank 0 the store may go, and with any rank the connection to it.
+        until = time.monotonic() + GRACE_S + 4 * self.beat_s
+        while time.monotonic() < until and any(peer.state == HERE for peer in self._peers.values()):
+            time.sleep(0.1)
+            self._missing()
+
+    def _mistake_of_others(self) -> str:
+        """The user's mistake by which another rank has ended; empty where none has."""
+        return next((peer.mistake for peer in self._peers.values() if peer.mistake), "")
+
+    def explain(self, error: BaseException) -> str:
+        """Name the ranks that are missing, where `error` may come from that; else tell the others that this rank failed.
+
+        Where it may come from another rank's end by a mistake of the user, nothing is printed, and the mistake returned.
+        """
         waited = isinstance(error, RuntimeError) and bool(OF_COMMUNICATION.search(str(error)))
         missing = self._missing()
         until = time.monotonic() + max(2.0, 4 * self.beat_s)
@@ -228,19 +266,34 @@ class _Watch:
             missing = self._missing()
         if waited and not missing:  # another host's ranks can't be seen, but a living one has been heard of by now
             missing = self._missing(elsewhere_s=3 * self.beat_s)
+        if waited and (mistake := self._mistake_of_others()):
+            if _listener:
+                _listener(mistake)
+            return mistake
+        missing = {rank: fate for rank, fate in missing.items() if fate != REFUSED}
         self._name(missing)
         if not missing:
             self._state = FAILED
+        return ""
 
     def _run(self) -> None:
         while not self._stopped.wait(self.beat_s):
             with self._lock:
                 self._beat()
                 missing = self._missing()
-            if missing and not self._stopped.is_set():
+            if missing and self._state == HERE and not self._stopped.is_set():
                 self._end(missing)
 
     def _end(self, missing: dict[int, str]) -> None:
+        if mistake := self._mistake_of_others():
+            if not self._stopped.wait(GRACE_S):  # most often all ranks meet the same one
+                self._state, self._mistake = REFUSED, mistake
+                self._say_farewell()
+                if _listener:
+                    _listener(mistake)
+                cli.tell_mistake(mistake)
+                cli.exit_at_once(cli.EXIT_USER_ERROR)
+            return
         self._name(missing)
         # Its own error tells more, where there is one; after that this thread is not heard any more.
         if self._stopped.wait(GRACE_S):
@@ -249,34 +302,39 @@ class _Watch:
         print(f"Traceback of rank {self.rank}, where it waits:", file=sys.stderr)
         traceback.print_stack(main, file=sys.stderr)
         self._say_farewell()
-        _exit(1)
+        cli.exit_at_once(1)
 
     def _say_farewell(self) -> None:
         with self._lock, suppress(Exception):
-            self._state = FAILED if self._state == FAILED else LEFT
+            self._state = LEFT if self._state == HERE else self._state
             self._write()
 
-    def _terminate(self, number: int, frame: FrameType | None) -> None:
-        missing = self._missing()
-        self._name(missing)
-        if missing:
-            traceback.print_stack(frame, file=sys.stderr)
-        self.stop()
-        os.kill(os.getpid(), number)
-
     def _write(self) -> None:
-        self._store.set(str(self.rank), f"{self._state} {self._beats} {distributed.arrivals()}")
+        told = (self._state, self._beats, distributed.arrivals(), _work, signals.reason(), self._mistake)
+        self._store.set(str(self.rank), json.dumps(told))
 
     def _beat(self) -> None:
         """Tell the others, and count how long they have not been heard of: in beats, as this process may be suspended, too."""
         self._beats += 1
         arrivals = distributed.arrivals()
-        self._waited_beats = self._waited_beats + 1 if arrivals == self._arrivals else 0
-        self._arrivals = arrivals
+        went_on, self._arrivals = arrivals != self._arrivals, arrivals
         for peer in self._peers.values():
             peer.silent_beats += 1
+            peer.late_beats = 0 if went_on or peer.work or peer.arrivals >= arrivals else peer.late_beats + 1
+        if self.rank == 0:
+            self._tell_of_work()
         with suppress(Exception):
             self._write()
+
+    def _tell_of_work(self) -> None:
+        """A line for each rank for whose own work others have been waiting for long, once."""
+        works = {0: (_work, self._arrivals), **{rank: (peer.work, peer.arrivals) for rank, peer in self._peers.items()}}
+        furthest = max(arrivals for _, arrivals in works.values())
+        for rank, (work, arrivals) in works.items():
+            before, now = (self._waited_for.get(rank, 0) + n for n in (0, 1))
+            self._waited_for[rank] = now if work and arrivals < furthest else 0
+            if before * self.beat_s < BUSY_LINE_S <= self._waited_for[rank] * self.beat_s:
+                print(f"waiting for rank {rank}, which {work}", flush=True)
 
     def _read(self) -> None:
         try:
@@ -286,10 +344,13 @@ class _Watch:
             return
         self._store_failures = 0
         for peer, value in zip(self._peers.values(), values, strict=True):
-            state, beats, arrivals = value.decode().split()
-            if int(beats) != peer.beats or state != peer.state:
+            state, beats, arrivals, work, stop, mistake = json.loads(value)
+            if beats != peer.beats or state != peer.state:
                 peer.silent_beats = 0
-            peer.state, peer.beats, peer.arrivals = state, int(beats), int(arrivals)
+            peer.state, peer.beats, peer.arrivals = state, beats, arrivals
+            peer.work, peer.mistake = work, mistake
+            if stop:
+                signals.request(stop)
 
     def _missing(self, elsewhere_s: float | None = None) -> dict[int, str]:
         """Ranks that have gone without saying so, or are not heard of any more, and what became of each.
@@ -303,15 +364,15 @@ class _Watch:
             for rank, peer in self._peers.items():
                 limit_s = self.limit_s if elsewhere_s is None or peer.process else elsewhere_s
                 silent_s = peer.silent_beats * self.beat_s
-                waited_s = self._waited_beats * self.beat_s if peer.arrivals < self._arrivals else 0.0
+                late_s = peer.late_beats * self.beat_s if peer.arrivals < self._arrivals and not peer.work else 0.0
                 if peer.state == LEFT:
                     continue
-                if peer.state == FAILED:
-                    missing[rank] = "failed"
+                if peer.state in (FAILED, REFUSED):
+                    missing[rank] = peer.state
                 elif rank in gone and self._store_failures != 1:  # a store that is gone, too, gets a second look
                     missing[rank] = "died"
-                elif self._store_failures == 0 and (silent_s > limit_s or waited_s > self.limit_s):
-                    missing[rank] = f"silent for {max(silent_s, waited_s):.0f} s"
+                elif self._store_failures == 0 and (silent_s > limit_s or late_s > self.limit_s):
+                    missing[rank] = f"silent for {max(silent_s, late_s):.0f} s"
             return missing
 
     def _name(self, missing: dict[int, str]) -> None:

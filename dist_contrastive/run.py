@@ -5,11 +5,12 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
 
-from dist_contrastive import distributed, liveness, preflight
+from dist_contrastive import distributed, liveness, preflight, signals
 from dist_contrastive.atomic import writing
 from dist_contrastive.batch import steps_per_epoch
 from dist_contrastive.checkpoint import Checkpoint, save_module
@@ -25,6 +26,7 @@ from dist_contrastive.progress import TrainingProgress, describe_scores, print_s
 from dist_contrastive.report import write_report
 from dist_contrastive.report.collect import collect_report
 from dist_contrastive.run_folder import RunFolder
+from dist_contrastive.signals import Stopped
 from dist_contrastive.trainer import Trainer, build_method
 from dist_contrastive.trial import fewest_samples
 from dist_contrastive.weights import read_weights, start_from
@@ -35,9 +37,13 @@ def train(config: TrainConfig) -> bool:
     times = TimeSplit()
     fewest = fewest_samples(config)
     accelerator = connect(config)
-    with liveness.watch(60 * config.launch.timeout_minutes):
-        # One rank of each host reads the whole file to verify it; the others trust that rank.
-        dataset = distributed.together(lambda: open_dataset(config.data.path, verify=distributed.local_rank() == 0))
+    with signals.deferred(), liveness.watch(60 * config.launch.timeout_minutes):
+        try:
+            dataset = distributed.together(lambda: open_verified(config.data.path))
+        except Stopped:
+            if distributed.is_main():
+                print("stopped before the first step; the same command starts again")
+            return False
         preflight.check_dataset(config, dataset.manifest)
         train_split = dataset.indices(TRAIN)
         preflight.check_crops(config, dataset.heights[train_split], dataset.widths[train_split])
@@ -49,15 +55,26 @@ def train(config: TrainConfig) -> bool:
                 if not fit(run):
                     return False
                 run.conclude()
+            except Stopped:
+                run.stop()
+                return False
             finally:
                 run.close()
         return True
 
 
+def open_verified(path: Path) -> Dataset:
+    """One rank of each host reads the whole file to verify it; the others trust that rank."""
+    if distributed.local_rank():
+        return open_dataset(path, verify=False)
+    with liveness.busy(f"verifies {path}"):
+        return open_dataset(path)
+
+
 def fit(run: "Run") -> bool:
     """Train to the end; False if the ranks agreed to stop before it."""
     trainer, progress, config = run.trainer, run.progress, run.config
-    with progress, trainer.signals_stop(), announced_compilation(progress.say):
+    with progress, announced_compilation(progress.say):
         while trainer.epoch < config.epochs:
             epoch = trainer.epoch
             with run.batches() as batches:
@@ -66,7 +83,7 @@ def fit(run: "Run") -> bool:
                     values = trainer.update(batch)
                     progress.advance(trainer.step, epoch, run.log(epoch, values, batches.wait_ms))
                     if trainer.stopping or trainer.step == config.stop_after_steps:
-                        run.stop(epoch)
+                        run.stop(probes=not trainer.stopping)
                         return False
             run.end_epoch(epoch)
     return True
@@ -137,6 +154,8 @@ class Run:
         self.times = times
         self.starts: list[dict[str, Any]] = []
         """When the run was started and each time resumed: `step`, how many updates were done, and `time` (UTC, ISO 8601)."""
+        self.saved_step = 0
+        """The step of which a checkpoint has everything; a run that has done none needs no checkpoint."""
         self.is_warm = False
         """Whether this process has done a step."""
 
@@ -159,6 +178,7 @@ class Run:
             notes.append(plan.describe())
         if checkpoint:
             notes.append(trainer.normalization_change(checkpoint.state["ranks"], checkpoint.state["micro"]))
+        self.saved_step = trainer.step
         self.write("config.json", lambda folder: folder.claim(self.config))
         ranks, step = distributed.world_size(), trainer.step
         self.write(
@@ -169,6 +189,7 @@ class Run:
         self._introduce(start)
         for note in filter(None, notes):
             self.progress.say(note)
+        distributed.together(signals.give_way)
         if config.init_from and not trainer.step:
             self.score(0)
         if trainer.step and not trainer.step_in_epoch:  # of a run that ended here, when it was shorter
@@ -299,19 +320,27 @@ class Run:
         self._probe_where_due(epoch)
         if (epoch + 1) % self.config.checkpoint.every == 0 or epoch + 1 == self.config.epochs:
             self.save()
+            distributed.together(signals.give_way)  # before another step, which would be saved again
         self.timer.restart()
 
-    def stop(self, epoch: int) -> None:
-        """Save so that the same command goes on as if nothing had happened."""
+    def stop(self, *, probes: bool = False) -> None:
+        """Save what is not saved, so that the same command goes on as if nothing had happened.
+
+        A probe that is due here is done by the run that goes on, or now.
+        """
+        step = self.trainer.step
         self.flush()
-        if self.trainer.step_in_epoch == 0:  # the resumed run starts in the next epoch
-            self._probe_where_due(epoch)
-        self.save()
+        if probes and self.trainer.step_in_epoch == 0:
+            self._probe_where_due(self.trainer.epoch - 1)
+        if step != self.saved_step:
+            self.save()
         self.write_machine()
         asked = f"--stop-after-steps {self.config.stop_after_steps}"
-        reason = self.trainer.stop_reason if self.trainer.stopping else asked
+        reason = next(filter(None, distributed.gather_objects(signals.reason())), asked)
         self.write("status.json", lambda folder: folder.status.end("stopped", reason))
-        self.progress.say(f"stopped after step {self.trainer.step}; {self.trainer.resume_hint} goes on from there")
+        self.progress.say(
+            f"stopped {f'after step {step}' if step else 'before the first step'}; {self.trainer.resume_hint} goes on from there"
+        )
 
     def _probe_where_due(self, epoch: int) -> None:
         """The last epoch's probe is `conclude`'s."""
@@ -350,6 +379,7 @@ class Run:
     def save(self) -> None:
         """Commit a checkpoint of everything that an uninterrupted run would have in memory."""
         self.trainer.save({"scores": self.scores, "starts": self.starts, "seconds": self.times.seconds})
+        self.saved_step = self.trainer.step
         self.times.lap("checkpoints")
 
     def write_machine(self) -> None:
@@ -390,7 +420,8 @@ class Run:
 
         def write(folder: RunFolder) -> None:
             if report and self.metrics:
-                page = write_report(report)
+                with liveness.busy("draws the report"):
+                    page = write_report(report)
                 self.metrics.conclude(trainer.step, flatten(report.config), page.parent / "plots")
 
         self.write("report.html", write)

@@ -2,17 +2,13 @@
 
 import dataclasses
 import math
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dist_contrastive import distributed, liveness, rng
+from dist_contrastive import distributed, liveness, rng, signals
 from dist_contrastive.atomic import writing
 from dist_contrastive.batch import Batch, balanced_slices
 from dist_contrastive.checkpoint import Checkpoint, CheckpointStore, load_module
@@ -51,7 +47,6 @@ class Trainer:
             update itself. The cursor is `step` times the global batch.
         method: the bare module; `replicas` has what wraps it for training.
         stopping: whether the ranks have agreed to stop (a signal reached one of them).
-        stop_reason: what they stop for, as far as this rank knows.
     """
 
     def __init__(
@@ -72,7 +67,6 @@ class Trainer:
         self.peak_learning_rate = peak_learning_rate(config.optim, config.batch.size)
         self.step = 0
         self.stopping = False
-        self.stop_reason = "a signal to another rank"
         self._interrupted = False
         self._dataset_sha256 = dataset_sha256
         self.method = build_method(config)
@@ -172,7 +166,7 @@ class Trainer:
         message[len(names) + me] = (~torch.isfinite(values["loss"].detach())).float()
         total = distributed.all_reduce_sum(message)
         # The hosts agree while their devices are still at work.
-        self.stopping = distributed.any_rank(self._interrupted)
+        self.stopping = distributed.any_rank(self._interrupted or signals.requested())
         # One transfer to the host for everything the step reports.
         *numbers, norm = torch.cat([total, grad_norm.float()[None]]).tolist()
         bad_ranks = [rank for rank in range(ranks) if numbers[len(names) + rank] > 0]
@@ -191,25 +185,6 @@ class Trainer:
             f"step {self.step + 1}: {what}; nothing was updated; {last}; "
             "lower --optim.learning-rate, clip with --optim.clip-norm or use --launch.precision fp32"
         )
-
-    @contextmanager
-    def signals_stop(self) -> Iterator[None]:
-        """Within the context SIGINT, SIGTERM and SIGUSR1 end the run after the current update; a second one at once."""
-
-        def on_signal(number: int, frame: FrameType | None) -> None:
-            self.stop_reason = signal.Signals(number).name
-            self.interrupt()
-            for handled, handler in previous.items():
-                signal.signal(handled, handler)
-
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-        for number in previous:
-            signal.signal(number, on_signal)
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def save(self, extra: dict[str, Any]) -> None:
         """Commit a checkpoint with `extra` (JSON values) beside the state; all ranks call it, rank 0 writes.

@@ -55,6 +55,9 @@ class Launched:
 
         self.wait_until(lambda: done() or self.process.poll() is not None, TIMEOUT_S)
         assert self.process.poll() is None, self.text()
+        self.find_ranks()
+
+    def find_ranks(self) -> None:
         children = [
             p for p in psutil.Process(self.process.pid).children() if "dist_contrastive" in " ".join(p.cmdline())
         ]
@@ -76,6 +79,11 @@ class Launched:
     def lines(self) -> list[str]:
         """Our lines, in order."""
         return [line for line in self.text().splitlines() if line.startswith("error: ")]
+
+    def stopped_line(self) -> str:
+        """What the run says of its stop, without what to do."""
+        (line,) = [line for line in self.text().splitlines() if line.startswith("stopped ")]
+        return line.partition(";")[0]
 
     def clear(self) -> None:
         for process in [*self.ranks, psutil.Process(self.process.pid)] if self.process.poll() is None else self.ranks:
@@ -139,14 +147,14 @@ def test_a_rank_that_is_silent_is_named_when_the_time_is_over(launch: Callable[.
 
 
 DRIVER = """
-import sys, time
+import os, sys, time
 from dist_contrastive import distributed, liveness, trainer
 from dist_contrastive.train import main
 
 update = trainer.Trainer.update
 
 def with_fault(self, batch):
-    if self.step == 4 and distributed.rank() == 1:
+    if self.step == 4 and distributed.rank() == int(os.environ.get("FAULTY_RANK", 1)):
         {fault}
     return update(self, batch)
 
@@ -185,6 +193,54 @@ def test_a_rank_that_does_not_come_is_named_though_its_process_is_well(
     launched.wait_until(lambda: launched.process.poll() is not None, TIMEOUT_S)
     (line,) = launched.lines()
     assert re.match(r"error: rank 1 silent for 1[12] s \(rank 0 waited for it at step 5\)", line)
+    assert not processes_of(launched.run_dir)
+
+
+SLEEPS = """
+        with liveness.busy("counts its sheep"):
+            time.sleep({seconds})
+"""
+"""Far longer than the time-out of this run's collectives."""
+
+
+def test_a_rank_that_says_what_it_does_is_waited_for(
+    launch: Callable[..., Launched], driver: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    launched = launch("--launch.timeout-minutes", "0.2", program=driver(SLEEPS.format(seconds=18).strip()))
+    launched.wait_for_step(6)
+    assert launched.text().count("waiting for rank 1, which counts its sheep") == 1
+    assert not launched.lines()
+
+
+def test_a_rank_that_says_what_it_does_and_is_not_heard_of_any_more_is_named(
+    launch: Callable[..., Launched], driver: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    launched = launch("--launch.timeout-minutes", "0.2", program=driver(SLEEPS.format(seconds=1000).strip()))
+    waits = "waiting for rank 1, which counts its sheep"
+    launched.wait_until(lambda: waits in launched.text() or launched.process.poll() is not None, TIMEOUT_S)
+    launched.find_ranks()
+    launched.ranks[1].send_signal(signal.SIGSTOP)
+    launched.wait_until(lambda: bool(launched.lines()), SOON_S)
+    launched.ranks[1].send_signal(signal.SIGKILL)
+    launched.wait_until_all_is_over()
+    (line,) = launched.lines()
+    assert re.match(r"error: rank 1 silent for 1[12] s \(rank 0 waited for it at step 5\)", line)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_users_mistake_that_one_rank_meets_is_the_one_line(
+    rank: int, launch: Callable[..., Launched], driver: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    fault = "from dist_contrastive.config import UserError; raise UserError('--data.path of this host is another file')"
+    monkeypatch.setenv("FAULTY_RANK", str(rank))
+    launched = launch(program=driver(fault))
+    launched.wait_until(lambda: launched.process.poll() is not None, TIMEOUT_S)
+    assert launched.lines() == ["error: --data.path of this host is another file"]
+    assert "Traceback of rank" not in launched.text()
+    assert "RuntimeError" not in launched.text()
     assert not processes_of(launched.run_dir)
 
 

@@ -8,16 +8,18 @@ that matches is refused, and every address is checked to lie inside the file bef
 
 import ctypes
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import llvmlite.binding
 import numba
 import numba.typed
 import numpy as np
 
+from dist_contrastive import signals
 from dist_contrastive.config import UserError, require
 from dist_contrastive.data.format import NO_LABEL, TEST, TRAIN, Manifest, find_manifest, pack_again
 
@@ -109,6 +111,14 @@ class Dataset:
         return np.flatnonzero(self.splits == split).astype(np.int64)
 
 
+class _GivesWay(io.FileIO):
+    """A file whose reading gives way where the run is to stop."""
+
+    def readinto(self, buffer: Any) -> int:
+        signals.give_way()
+        return super().readinto(buffer) or 0
+
+
 def open_dataset(path: Path, *, verify: bool = True) -> Dataset:
     """Open a packed dataset for reading.
 
@@ -122,7 +132,7 @@ def open_dataset(path: Path, *, verify: bool = True) -> Dataset:
     manifest = find_manifest(path)
     try:
         if verify:
-            with open(path, "rb") as file:
+            with _GivesWay(path) as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             require(digest == manifest.sha256, f"{path} was altered: its SHA-256 is not its manifest's; {again}")
         reader = ffcv.reader.Reader(str(path))

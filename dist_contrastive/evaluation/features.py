@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dist_contrastive import distributed
+from dist_contrastive import distributed, signals
 from dist_contrastive.config import AugmentConfig, DataConfig
 from dist_contrastive.data.augment import Augment, to_normalized
 from dist_contrastive.data.beton import Dataset
@@ -50,15 +50,20 @@ def extract(
     """
     distributed.broadcast_buffers(encoder)
     share = np.array_split(indices, distributed.world_size())[distributed.rank()]
-    parts = [torch.empty(0, encoder.feature_size, device=device)]
     pass_over_share = eval_pass(
         dataset, data, share, batch_size=BATCH_SIZE, threads=threads, pin_memory=device.type == "cuda"
     )
-    with frozen(encoder), pass_over_share as batches:
-        for batch in batches:
-            images = to_normalized(batch.views[0], augment, device).contiguous(memory_format=torch.channels_last)
-            parts.append(encoder(images).float())
-    return distributed.all_gather_rows(torch.cat(parts))
+
+    def encode() -> Tensor:
+        parts = [torch.empty(0, encoder.feature_size, device=device)]
+        with frozen(encoder), pass_over_share as batches:
+            for batch in batches:
+                signals.give_way()
+                images = to_normalized(batch.views[0], augment, device).contiguous(memory_format=torch.channels_last)
+                parts.append(encoder(images).float())
+        return torch.cat(parts)
+
+    return distributed.all_gather_rows(distributed.together(encode))
 
 
 def extract_views(
@@ -80,23 +85,33 @@ def extract_views(
     num_views = augment.num_views
     distributed.broadcast_buffers(encoder)
     share = np.array_split(indices, distributed.world_size())[distributed.rank()]
-    parts = [torch.empty(0, num_views, encoder.feature_size, device=device)]
     make_views = Augment(augment, seed)
     pass_over_share = view_pass(
         dataset, data, augment, share, seed=seed, batch_size=max(1, BATCH_SIZE // num_views), threads=threads,
         pin_memory=device.type == "cuda",
     )  # fmt: skip
-    with frozen(encoder), pass_over_share as batches:
-        for batch in batches:
-            views = make_views(batch, device).views
-            images = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            parts.append(encoder(images).float().unflatten(0, (num_views, -1)).transpose(0, 1))
-    return distributed.all_gather_rows(torch.cat(parts).flatten(1)).unflatten(1, (num_views, -1)).transpose(0, 1)
+
+    def encode() -> Tensor:
+        parts = [torch.empty(0, num_views, encoder.feature_size, device=device)]
+        with frozen(encoder), pass_over_share as batches:
+            for batch in batches:
+                signals.give_way()
+                views = make_views(batch, device).views
+                images = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+                parts.append(encoder(images).float().unflatten(0, (num_views, -1)).transpose(0, 1))
+        return torch.cat(parts).flatten(1)
+
+    rows = distributed.all_gather_rows(distributed.together(encode))
+    return rows.unflatten(1, (num_views, -1)).transpose(0, 1)
 
 
 def raw_pixels(
     dataset: Dataset, indices: np.ndarray, *, data: DataConfig, device: torch.device, threads: int
 ) -> Tensor:
     """The pixels themselves as features, float32 [n, 3·S·S] in [0, 1], on `device`; every rank reads all of them."""
-    batches = eval_pass(dataset, data, indices, batch_size=BATCH_SIZE, threads=threads)
-    return torch.cat([batch.views[0].flatten(1).to(device).float().div_(255) for batch in batches])
+    parts = []
+    with eval_pass(dataset, data, indices, batch_size=BATCH_SIZE, threads=threads) as batches:
+        for batch in batches:
+            signals.give_way()
+            parts.append(batch.views[0].flatten(1).to(device).float().div_(255))
+    return torch.cat(parts)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dist_contrastive import signals
 from dist_contrastive.evaluation.precision import full_precision
 
 CHUNK_VALUES = 1 << 24
@@ -45,6 +46,7 @@ def knn_predict(
         chunk = max(1, CHUNK_VALUES // max(num_classes, len(bank)))
         predictions: dict[int, list[Tensor]] = {k: [] for k in sorted(ks)}
         for queries in _unit_rows(test_x).split(chunk):
+            signals.give_way()
             similarity = queries @ bank.T
             nearest = _nearest(similarity, min(max(ks), len(bank)))
             similarity = similarity.gather(1, nearest).double()

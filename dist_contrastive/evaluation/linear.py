@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dist_contrastive import rng
+from dist_contrastive import rng, signals
 from dist_contrastive.config import require
 from dist_contrastive.evaluation.precision import full_precision
 
@@ -197,6 +197,7 @@ def _minimise(
     )  # step, change of the gradient, 1 / their product
     converged, iterations = False, 0
     while True:
+        signals.give_way()
         direction = gradient.clone()
         coefficients = []
         for moved, turned, inverse in reversed(pairs):

@@ -6,7 +6,7 @@ split, the last epoch is the result, and beside each score stand raw pixels and 
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_contrastive import distributed, rng
+from dist_contrastive import distributed, liveness, rng
 from dist_contrastive.config import AugmentConfig, DataConfig, ProbeConfig, require
 from dist_contrastive.data.beton import Dataset
 from dist_contrastive.data.format import TEST, TRAIN
@@ -102,20 +102,21 @@ class ProbeRunner:
         test_images = self._indices[TEST][self._few]
         views = extract_views(encoder, self.dataset, test_images, seed=self.seed, **settings)
         free = self._score_without_labels(features[-1][torch.from_numpy(self._few).to(self.device)], views)
-        return {**self._score(features), **free} if self.has_labels else free
+        return {**self._score(lambda: features), **free} if self.has_labels else free
 
     def baselines(self, untrained: Encoder) -> dict[str, Any]:
         """The same scores of the untrained encoder (`init_…`), and with labels those of raw pixels (`raw_…`)."""
         found = {}
         if self.has_labels:
             small = replace(self.data, image_size=min(RAW_SIDE, self.data.image_size))
-            raw = [
-                raw_pixels(self.dataset, indices, data=small, device=self.device, threads=self.threads)
-                if distributed.is_main()
-                else torch.empty(0)
-                for indices in self._indices
-            ]
-            found = {f"raw_{name}": value for name, value in self._score(raw).items()}
+
+            def pixels() -> list[Tensor]:
+                return [
+                    raw_pixels(self.dataset, indices, data=small, device=self.device, threads=self.threads)
+                    for indices in self._indices
+                ]
+
+            found = {f"raw_{name}": value for name, value in self._score(pixels).items()}
         found |= {f"init_{name}": value for name, value in self.score(untrained).items()}
         return {name: value for name, value in found.items() if not name.endswith(PER_CLASS)}
 
@@ -135,12 +136,14 @@ class ProbeRunner:
         result: dict[str, Any] = distributed.broadcast_object(distributed.together(measure))
         return result
 
-    def _score(self, features: list[Tensor]) -> dict[str, Any]:
+    def _score(self, features: Callable[[], list[Tensor]]) -> dict[str, Any]:
+        """`features()`, which rank 0 alone calls, gives those of the training and the test split."""
+
         def fit() -> dict[str, Any] | None:
             if not distributed.is_main():
                 return None
-            (train_x, test_x), (train_y, test_y) = features, self._labels
-            with _all_cores(self.device):
+            with liveness.busy("fits the probe's classifiers"), _all_cores(self.device):
+                (train_x, test_x), (train_y, test_y) = features(), self._labels
                 linear = linear_probe(
                     train_x, train_y, test_x, test_y,
                     strengths=self.probe.strengths, holdout=self.probe.holdout, seed=self.seed,

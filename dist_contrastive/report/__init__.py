@@ -15,6 +15,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dist_contrastive import signals
 from dist_contrastive.atomic import write_atomic
 from dist_contrastive.report.curves import learning_rate, loss, per_class, positive_cosine, probe, throughput
 from dist_contrastive.report.embedding import embedding_map, spectrum
@@ -46,6 +47,7 @@ def write_report(inputs: RunReport) -> Path:
     sections = []
     with matplotlib.rc_context(STYLE):
         for draw in SECTIONS:
+            signals.give_way()
             section, figure = draw(inputs)
             if figure is not None:
                 FigureCanvasAgg(figure).print_figure(plots / f"{section.name}.png")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_contrastive import distributed, rng
+from dist_contrastive import distributed, liveness, rng
 from dist_contrastive.batch import Share
 from dist_contrastive.config import TrainConfig, to_dict
 from dist_contrastive.data.augment import Augment, to_displayable
@@ -50,30 +50,35 @@ def collect_report(
         )
 
     features, untrained_features = features_of(encoder), features_of(untrained)
-    if not distributed.is_main():
-        return None
-    views, originals = example_views(config, dataset)
-    has_labels = dataset.manifest.has_labels
-    return RunReport(
-        run_dir=config.run_dir,
-        config=to_dict(config),
-        metrics=read_metrics(config.run_dir / "metrics.jsonl"),
-        schedules=schedules,
-        probe=probe,
-        learns_from_labels=config.method.needs_labels,
-        class_names=dataset.manifest.classes if has_labels else (),
-        samples=samples,
-        features=features.cpu().numpy(),
-        labels=dataset.labels[indices] if has_labels else None,
-        thumbnails=_images(config, dataset, indices, min(THUMBNAIL_SIDE, config.data.image_size)),
-        spectrum=covariance_spectrum(features).cpu().numpy(),
-        untrained_spectrum=covariance_spectrum(untrained_features).cpu().numpy(),
-        views=views,
-        originals=originals,
-        machine=machine,
-        starts=starts,
-        seconds=seconds,
-    )
+
+    def collect() -> RunReport | None:
+        if not distributed.is_main():
+            return None
+        with liveness.busy("collects what the report shows"):
+            views, originals = example_views(config, dataset)
+            has_labels = dataset.manifest.has_labels
+            return RunReport(
+                run_dir=config.run_dir,
+                config=to_dict(config),
+                metrics=read_metrics(config.run_dir / "metrics.jsonl"),
+                schedules=schedules,
+                probe=probe,
+                learns_from_labels=config.method.needs_labels,
+                class_names=dataset.manifest.classes if has_labels else (),
+                samples=samples,
+                features=features.cpu().numpy(),
+                labels=dataset.labels[indices] if has_labels else None,
+                thumbnails=_images(config, dataset, indices, min(THUMBNAIL_SIDE, config.data.image_size)),
+                spectrum=covariance_spectrum(features).cpu().numpy(),
+                untrained_spectrum=covariance_spectrum(untrained_features).cpu().numpy(),
+                views=views,
+                originals=originals,
+                machine=machine,
+                starts=starts,
+                seconds=seconds,
+            )
+
+    return distributed.together(collect)
 
 
 def example_views(config: TrainConfig, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
