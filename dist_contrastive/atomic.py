@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dist_contrastive.config import UserError
@@ -17,16 +17,24 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`, whole or not at all."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Within the context a file of the given name is to be written and synced; at its end it replaces `path`, or is gone."""
     temporary = path.with_name(f".{path.name}.incomplete")
     try:
-        write_synced(temporary, data)
+        yield temporary
         temporary.rename(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where the folder is gone there is none to delete, and the first error tells more
+            temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`, whole or not at all."""
+    with replacing(path) as temporary:
+        write_synced(temporary, data)
 
 
 @contextmanager

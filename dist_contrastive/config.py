@@ -294,12 +294,19 @@ class CheckpointConfig:
     """What a run can be resumed from."""
 
     every: int = 1
-    """Epochs between checkpoints; the last epoch always ends with one."""
+    """Epochs between checkpoints; the last step always has one."""
+    every_steps: int = 0
+    """Steps between checkpoints, beside those of epochs; 0: none."""
+    every_minutes: float = 0.0
+    """Minutes between checkpoints, beside those of epochs and steps; 0: none."""
     keep: int = 2
     """How many checkpoints stay."""
 
     def __post_init__(self) -> None:
+        require_finite("checkpoint", self)
         require(self.every >= 1, f"--checkpoint.every {self.every}: give at least 1")
+        require(self.every_steps >= 0, f"--checkpoint.every-steps {self.every_steps}: give 0 (off) or more")
+        require(self.every_minutes >= 0, f"--checkpoint.every-minutes {self.every_minutes}: give 0 (off) or more")
         require(self.keep >= 2, f"--checkpoint.keep {self.keep}: keep at least 2, so that one survives a bad disk")
 
 
@@ -396,8 +403,8 @@ class TrainConfig:
 # whatever it is, but for the statistics that BatchNorm normalizes with, and memory may force another one at any step.
 EXECUTION_FIELDS = (
     "run_dir", "resume", "overwrite", "init_sha256", "stop_after_steps", "batch.micro", "batch.memory_gib", "data.path",
-    "data.threads", "data.batches_ahead", "data.timeout_s", "checkpoint.every", "checkpoint.keep", "launch.ranks",
-    "launch.device", "launch.timeout_minutes",
+    "data.threads", "data.batches_ahead", "data.timeout_s", "checkpoint.every", "checkpoint.every_steps",
+    "checkpoint.every_minutes", "checkpoint.keep", "launch.ranks", "launch.device", "launch.timeout_minutes",
 )  # fmt: skip
 
 

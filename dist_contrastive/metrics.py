@@ -11,7 +11,7 @@ import math
 import resource
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from dist_contrastive.atomic import write_atomic
+from dist_contrastive.atomic import write_atomic, writing
 
 PROBE_PREFIX = "probe/"
 TENSORBOARD_THREAD = "tensorboard.summary.writer.event_file_writer"
@@ -30,36 +30,43 @@ TENSORBOARD_THREAD = "tensorboard.summary.writer.event_file_writer"
 class MetricsLog:
     """The two logs of a run; rank 0 alone makes one.
 
-    Raises OSError where the disk won't take a line. TensorBoard writes in a thread of its own, whose error comes with a
-    later call: `flush` is the last chance to hear of it.
-    `step` is how many updates the run resumes after (0: fresh), `probed` the steps whose probes it remembers.
+    Where the disk won't take what is written there is a `UserError` that names the log. TensorBoard writes in a thread of its
+    own, whose error comes with a later call: `flush` is the last chance to hear of it.
     """
 
-    def __init__(self, run_dir: Path, step: int, probed: Collection[int] = ()) -> None:
-        path = run_dir / "metrics.jsonl"
-        # What comes after the checkpoint is done again: its lines go, so that nothing stands in the file twice. The last
-        # epoch's probe follows the checkpoint of its own step.
-        kept = [
-            line
-            for line in read_metrics(path)
-            if line["step"] <= step and (line["step"] in probed or not any(k.startswith(PROBE_PREFIX) for k in line))
-        ]
-        write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        # Closed in `close`. Without a buffer a line is on disk once written, and what the disk refused is not tried again.
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+    def __init__(self, run_dir: Path, step: int, goes_on: Callable[[], str], probed: Collection[int] = ()) -> None:
+        """`step` is how many updates the run resumes after (0: fresh), `probed` the steps whose probes it remembers, and
+        `goes_on` says how the run goes on after a failure (`atomic.writing`)."""
+        self._path, self._tensorboard_path, self._goes_on = run_dir / "metrics.jsonl", run_dir / "tensorboard", goes_on
+        with writing(self._path, goes_on):
+            # What comes after the checkpoint is done again: its lines go, so that nothing stands in the file twice. The last
+            # epoch's probe follows the checkpoint of its own step.
+            kept = [
+                line
+                for line in read_metrics(self._path)
+                if line["step"] <= step
+                and (line["step"] in probed or not any(k.startswith(PROBE_PREFIX) for k in line))
+            ]
+            write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            # Closed in `close`. Without a buffer a line is on disk once written, and what the disk refused is not tried
+            # again.
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
         self._default_hook = threading.excepthook
-        threading.excepthook = self._on_thread_error
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        threading.excepthook = self._on_thread_error  # before TensorBoard's thread begins
+        with writing(self._tensorboard_path, goes_on):
+            self._tensorboard = SummaryWriter(str(self._tensorboard_path), purge_step=step + 1)
         self._probe_names: list[str] = []
 
     def write(self, step: int, epoch: int, values: dict[str, float]) -> None:
         """Log `values` once `step` updates are done, the last in `epoch` (from 0); non-finite numbers become null."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         text = memoryview((json.dumps({"step": step, "epoch": epoch, **finite}) + "\n").encode())
-        while text:
-            text = text[self._file.write(text) :]
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        with writing(self._path, self._goes_on):
+            while text:
+                text = text[self._file.write(text) :]
+        with writing(self._tensorboard_path, self._goes_on):
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
 
     def write_probe(self, step: int, epoch: int, result: Mapping[str, Any]) -> None:
         """Log the numbers of a probe after `step` updates; what else it says is in probe.json."""
@@ -75,16 +82,21 @@ class MetricsLog:
         """For TensorBoard alone: the config (flat) for its table of runs, beside the last probe, and the pictures in `plots`."""
         plain = {k: v if v is None or isinstance(v, bool | int | float | str) else str(v) for k, v in config.items()}
         # `SummaryWriter.add_hparams` would make a second run of it, in a folder of its own.
-        for summary in hparams(plain, dict.fromkeys(self._probe_names, 0.0)):
-            self._tensorboard._get_file_writer().add_summary(summary)
+        summaries = hparams(plain, dict.fromkeys(self._probe_names, 0.0))
+        pictures = {}
         for path in sorted(plots.glob("*.png")):
             with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-            self._tensorboard.add_image(f"report/{path.stem}", pixels, step, dataformats="HWC")
+                pictures[path.stem] = np.asarray(picture.convert("RGB"))
+        with writing(self._tensorboard_path, self._goes_on):
+            for summary in summaries:
+                self._tensorboard._get_file_writer().add_summary(summary)
+            for name, pixels in pictures.items():
+                self._tensorboard.add_image(f"report/{name}", pixels, step, dataformats="HWC")
 
     def flush(self) -> None:
         """Wait until TensorBoard has written what it was given."""
-        self._tensorboard.flush()
+        with writing(self._tensorboard_path, self._goes_on):
+            self._tensorboard.flush()
 
     def close(self) -> None:
         self._file.close()

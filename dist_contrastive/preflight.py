@@ -221,7 +221,8 @@ def remarks(config: TrainConfig, num_train: int) -> list[str]:
         lines.append(
             f"--probe.every {config.probe.every} is more than --epochs {epochs}: there is one probe, at the end"
         )
-    if config.checkpoint.every > epochs:
+    checkpoints = config.checkpoint
+    if checkpoints.every > epochs and not checkpoints.every_steps and not checkpoints.every_minutes:
         lines.append(
             f"--checkpoint.every {config.checkpoint.every} is more than --epochs {epochs}: there is one checkpoint, at the end"
         )

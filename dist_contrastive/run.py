@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from dist_contrastive import distributed, liveness, preflight, signals
 from dist_contrastive.atomic import writing
 from dist_contrastive.batch import steps_per_epoch
+from dist_contrastive.cadence import Cadence
 from dist_contrastive.checkpoint import Checkpoint, save_module
 from dist_contrastive.config import TrainConfig, UserError, flatten, require, to_dict
 from dist_contrastive.data.beton import Dataset, open_dataset
@@ -30,6 +31,10 @@ from dist_contrastive.signals import Stopped
 from dist_contrastive.trainer import Trainer, build_method
 from dist_contrastive.trial import fewest_samples
 from dist_contrastive.weights import read_weights, start_from
+
+CLOSE_S, FAULT_S = 60.0, 4.0
+"""How long a run that fails waits for a checkpoint under way: by an error of its own, and where ranks or the launcher are
+gone, when little time is left."""
 
 
 def train(config: TrainConfig) -> bool:
@@ -85,6 +90,7 @@ def fit(run: "Run") -> bool:
                     if trainer.stopping or trainer.step == config.stop_after_steps:
                         run.stop(probes=not trainer.stopping)
                         return False
+                    run.save_where_due()
             run.end_epoch(epoch)
     return True
 
@@ -156,6 +162,8 @@ class Run:
         """When the run was started and each time resumed: `step`, how many updates were done, and `time` (UTC, ISO 8601)."""
         self.saved_step = 0
         """The step of which a checkpoint has everything; a run that has done none needs no checkpoint."""
+        self.probing = Cadence.of_probes(config.probe)
+        self.saving = Cadence.of_checkpoints(config.checkpoint)
         self.is_warm = False
         """Whether this process has done a step."""
 
@@ -184,6 +192,8 @@ class Run:
         self.write(
             "status.json", lambda folder: folder.status.begin(step=step, total_steps=trainer.total_steps, ranks=ranks)
         )
+        if self.folder:
+            liveness.tell_faults(self._on_fault)
         self.write("metrics.jsonl", self._open_metrics)
         self.write_machine()
         self._introduce(start)
@@ -202,7 +212,7 @@ class Run:
         store = self.trainer.store
         newest = distributed.together(lambda: store.newest() if distributed.is_main() else None)
         step = distributed.broadcast_object(newest.step if newest else None)
-        return None if step is None else distributed.together(lambda: newest or store.load(step))
+        return None if step is None else distributed.together(lambda: newest or store.load(step, distributed.rank()))
 
     def _start_from(self, has_checkpoint: bool, start: Literal["fresh", "resume"]) -> list[str]:
         """Take over the weights that `--from` names, unless a checkpoint has what became of them; what there is to say of it."""
@@ -231,13 +241,14 @@ class Run:
         def write() -> None:
             if self.folder:
                 with writing(self.folder.path / name, self.trainer.goes_on):
+                    self.folder.check_held()
                     call(self.folder)
 
         distributed.together(write)
 
     def _open_metrics(self, folder: RunFolder) -> None:
         probed = [entry["step"] for entry in self.scores["history"]]
-        self.metrics = MetricsLog(folder.path, self.trainer.step, probed)
+        self.metrics = MetricsLog(folder.path, self.trainer.step, self.trainer.goes_on, probed)
 
     def flush(self) -> None:
         """All ranks stop here where the metrics of an earlier step could not be written."""
@@ -307,18 +318,26 @@ class Run:
             values = {**values, **self.timer.read()}
         if self.folder and self.metrics and not self.unwritten:
             try:
-                with writing(self.folder.path / "metrics.jsonl", self.trainer.goes_on):
-                    self.metrics.write(step, epoch, values)
+                if is_logged:
+                    self.folder.check_held()
+                self.metrics.write(step, epoch, values)
             except UserError as error:
                 self.unwritten = error
                 self.trainer.interrupt()
         return values if is_logged else None
 
+    def save_where_due(self) -> None:
+        """Checkpoint in mid-epoch; at its end there is more to do first (`end_epoch`)."""
+        if self.trainer.step_in_epoch and self.saving.due(self.trainer.clock):
+            self.save()
+            self.timer.restart()
+
     def end_epoch(self, epoch: int) -> None:
         """Probe and checkpoint where they are due."""
         self.flush()
         self._probe_where_due(epoch)
-        if (epoch + 1) % self.config.checkpoint.every == 0 or epoch + 1 == self.config.epochs:
+        clock = self.trainer.clock
+        if self.saving.due(clock) or clock.step == clock.total_steps:
             self.save()
             distributed.together(signals.give_way)  # before another step, which would be saved again
         self.timer.restart()
@@ -330,10 +349,12 @@ class Run:
         """
         step = self.trainer.step
         self.flush()
+        self.settle()
         if probes and self.trainer.step_in_epoch == 0:
             self._probe_where_due(self.trainer.epoch - 1)
         if step != self.saved_step:
             self.save()
+            self.settle()
         self.write_machine()
         asked = f"--stop-after-steps {self.config.stop_after_steps}"
         reason = next(filter(None, distributed.gather_objects(signals.reason())), asked)
@@ -344,10 +365,10 @@ class Run:
 
     def _probe_where_due(self, epoch: int) -> None:
         """The last epoch's probe is `conclude`'s."""
-        done, every = epoch + 1, self.config.probe.every
-        known = any(entry["step"] == self.trainer.step for entry in self.scores["history"])
-        if every and done % every == 0 and done < self.config.epochs and not known:
-            self.score(done)
+        clock = self.trainer.clock
+        known = any(entry["step"] == clock.step for entry in self.scores["history"])
+        if self.probing.due(clock) and clock.step < clock.total_steps and not known:
+            self.score(epoch + 1)
 
     def score(self, epochs_done: int) -> None:
         """Probe the encoder as it is and write probe.json; the first probe also scores the baselines."""
@@ -376,10 +397,22 @@ class Run:
         """The encoder as it was before the first step: its weights are a function of the config."""
         return build_method(self.config).encoder.to(self.trainer.device)
 
+    def _on_fault(self, line: str) -> None:
+        """Ranks are missing, or the launcher: this process is about to end."""
+        if self.folder:
+            self.folder.status.fail(line)
+        self.trainer.saver.wait(FAULT_S)
+
     def save(self) -> None:
-        """Commit a checkpoint of everything that an uninterrupted run would have in memory."""
+        """Begin a checkpoint of everything that an uninterrupted run would have in memory."""
         self.trainer.save({"scores": self.scores, "starts": self.starts, "seconds": self.times.seconds})
         self.saved_step = self.trainer.step
+        self.saving.done(self.trainer.clock)
+        self.times.lap("checkpoints")
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is written; all ranks stop where it can't be."""
+        self.trainer.saver.settle()
         self.times.lap("checkpoints")
 
     def write_machine(self) -> None:
@@ -395,6 +428,7 @@ class Run:
             self.times.lap("report")
             return self.times.seconds
 
+        self.settle()
         self.score(config.epochs)
         report = collect_report(
             config,
@@ -434,6 +468,7 @@ class Run:
         self.progress.say(f"report: {config.run_dir / 'report.html'}\nDONE in {self.times.total:.0f} s")
 
     def close(self) -> None:
-        """Bring the logs to disk; however the run ended, its last steps are what one wants to see."""
+        """Bring to disk what is on its way there; however the run ended, its last steps are what one wants to keep and see."""
+        self.trainer.saver.wait(CLOSE_S)
         if self.metrics:
             self.metrics.close()

@@ -4,16 +4,14 @@ What writes here raises OSError where the disk won't take it; the run turns that
 """
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
-import socket
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from dist_contrastive.atomic import write_atomic
 from dist_contrastive.config import TrainConfig, UserError, differences, to_dict
+from dist_contrastive.folder_lock import lock_folder
 from dist_contrastive.run_status import CONFIG, DONE, StatusFile
 
 # Everything a run writes; `--overwrite` deletes these and nothing else.
@@ -22,7 +20,6 @@ OWN_NAMES = (
     "probe.json", "probes", "plots", "report.html", "machine.json", "status.json", "DONE",
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"
-LOCK = ".lock"
 
 
 class RunFolder:
@@ -38,28 +35,26 @@ class RunFolder:
         self.status = StatusFile(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            # Held open: closing it gives the lock away.
-            self._lock: IO[bytes] = open(path / LOCK, "ab+", buffering=0)  # noqa: SIM115
+            self._lock = lock_folder(path)
         except OSError as error:
             raise UserError(f"{path} can't be written ({error.strerror}); choose another --run-dir") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.seek(0)
-            holder = self._lock.read().decode(errors="replace").strip() or "another process"
-            self._lock.close()
-            raise UserError(f"{path} is in use by {holder}; wait for it or choose another --run-dir") from error
-        except OSError as error:
-            self._lock.close()
-            raise UserError(f"{path} can't be locked ({error.strerror}); choose another --run-dir") from error
-        # Who holds it is a courtesy that a full disk may deny.
-        with contextlib.suppress(OSError):
-            self._lock.truncate(0)
-            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def close(self) -> None:
         self.status.close()
-        self._lock.close()
+        self._lock.release()
+
+    def check_held(self) -> None:
+        """`UserError` where the folder is no longer the one that was locked: deleted, moved, or another in its place."""
+        try:
+            is_held = self._lock.is_held()
+        except OSError as error:
+            raise UserError(f"{self.path} can't be read ({error.strerror}); is its disk there?") from error
+        if not is_held:
+            self.status.close()  # which is not to be told to whatever lies there now
+            raise UserError(
+                f"{self.path} was deleted, moved or taken over while the run was under way; what was in it is not written "
+                "again: put it back and give the same command, or start anew with another --run-dir"
+            )
 
     def open(self, config: TrainConfig) -> Literal["fresh", "resume"]:
         """Decide what to do with what is there (`start_of`; `--overwrite` starts fresh); nothing is changed before `claim`."""

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -9,9 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dist_contrastive import distributed, liveness, rng, signals
-from dist_contrastive.atomic import writing
 from dist_contrastive.batch import Batch, balanced_slices
-from dist_contrastive.checkpoint import Checkpoint, CheckpointStore, load_module
+from dist_contrastive.cadence import Clock
+from dist_contrastive.checkpoint import Checkpoint, CheckpointStore, Saver, load_module
 from dist_contrastive.config import TrainConfig, UserError, require, to_dict
 from dist_contrastive.data.augment import Augment
 from dist_contrastive.methods import Method, method_of
@@ -68,6 +70,8 @@ class Trainer:
         self.step = 0
         self.stopping = False
         self._interrupted = False
+        self._began_at = time.monotonic()
+        self._seconds = 0.0
         self._dataset_sha256 = dataset_sha256
         self.method = build_method(config)
         self.num_parameters = sum(p.numel() for p in self.method.parameters())
@@ -86,6 +90,8 @@ class Trainer:
             fewest=fewest,
         )
         self.store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep)
+        # A rank that waits for rank 0, which waits for files, must not be taken for a collective's time-out.
+        self.saver = Saver(self.store, self.goes_on, timeout_s=60 * config.launch.timeout_minutes / 2)
 
     @property
     def epoch(self) -> int:
@@ -98,13 +104,19 @@ class Trainer:
         return "the same command without --overwrite" if self.config.overwrite else "the same command"
 
     def goes_on(self) -> str:
-        """What that command does if the run stops here, without another checkpoint."""
+        """What that command does if the run stops here, without another checkpoint than the one under way."""
+        self.saver.wait()
         kept = self.store.steps()
         return f"{self.resume_hint} {f'goes on from step {kept[-1]}' if kept else 'starts over'}"
 
     def interrupt(self) -> None:
         """Let all ranks stop after the next update, as a signal does."""
         self._interrupted = True
+
+    @property
+    def clock(self) -> Clock:
+        """Where the run is; equal on all ranks."""
+        return Clock(self.step, self.steps_per_epoch, self.total_steps, self._seconds)
 
     @property
     def step_in_epoch(self) -> int:
@@ -158,18 +170,21 @@ class Trainer:
         return rate
 
     def _agree(self, values: dict[str, Tensor], grad_norm: Tensor) -> dict[str, float]:
-        """Means of `values` over ranks; what one rank knows (a bad number, a signal to stop), all know after this."""
+        """Means of `values` over ranks; what one rank knows (a bad number, a signal to stop, the time), all know after this."""
         names = list(values)
         ranks, me = distributed.world_size(), distributed.rank()
-        message = torch.zeros(len(names) + ranks, device=self.device)
+        message = torch.zeros(len(names) + 1 + ranks, device=self.device)
         message[: len(names)] = torch.stack([values[name].detach().float() for name in names]) / ranks
-        message[len(names) + me] = (~torch.isfinite(values["loss"].detach())).float()
+        if distributed.is_main():
+            message[len(names)].fill_(time.monotonic() - self._began_at)
+        message[len(names) + 1 + me] = (~torch.isfinite(values["loss"].detach())).float()
         total = distributed.all_reduce_sum(message)
         # The hosts agree while their devices are still at work.
-        self.stopping = distributed.any_rank(self._interrupted or signals.requested())
+        self.stopping = distributed.any_rank(self._interrupted or signals.requested() or self.saver.has_failed)
         # One transfer to the host for everything the step reports.
         *numbers, norm = torch.cat([total, grad_norm.float()[None]]).tolist()
-        bad_ranks = [rank for rank in range(ranks) if numbers[len(names) + rank] > 0]
+        self._seconds = numbers[len(names)]
+        bad_ranks = [rank for rank in range(ranks) if numbers[len(names) + 1 + rank] > 0]
         if bad_ranks:
             raise NonFiniteError(self._diverged(f"the loss is not finite on rank(s) {bad_ranks}"))
         scale = self.replicas.loss_scale
@@ -179,6 +194,9 @@ class Trainer:
         return {**dict(zip(names, numbers, strict=False)), "grad_norm": norm}
 
     def _diverged(self, what: str) -> str:
+        """The line about it; all ranks call it."""
+        with suppress(UserError):
+            self.saver.settle()
         steps = self.store.steps()
         last = f"the last good checkpoint is {self.store.path(steps[-1])}" if steps else "there is no checkpoint yet"
         return (
@@ -187,29 +205,25 @@ class Trainer:
         )
 
     def save(self, extra: dict[str, Any]) -> None:
-        """Commit a checkpoint with `extra` (JSON values) beside the state; all ranks call it, rank 0 writes.
+        """Begin a checkpoint with `extra` (JSON values) beside the state; all ranks call it, and go on while it is written.
 
-        Raises `UserError` on all ranks when it can't be written; the older checkpoints are untouched then.
+        `UserError` on all ranks where it can't be written is raised here, by the next `save` or by `saver.settle`; until then
+        `stopping` is true after the next update. The older checkpoints are untouched.
         """
         optimizer = self.replicas.state()
-
-        def write() -> None:
-            state = {
-                "step": self.step,
-                "cursor": self.step * self.config.batch.size,
-                "config": to_dict(self.config),
-                "dataset_sha256": self._dataset_sha256,
-                "precision": self.precision,
-                "ranks": distributed.world_size(),
-                "micro": self.gradient.micro,
-                "optimizer": optimizer.rest,
-                "scaler": optimizer.scaler,
-                "extra": extra,
-            }
-            with writing(f"{self.store.path(self.step)}, the checkpoint of step {self.step},", self.goes_on):
-                self.store.save(self.step, {"model": self.method.state_dict(), "optimizer": optimizer.tensors}, state)
-
-        distributed.together(lambda: write() if distributed.is_main() else None)
+        state = {
+            "step": self.step,
+            "cursor": self.step * self.config.batch.size,
+            "config": to_dict(self.config),
+            "dataset_sha256": self._dataset_sha256,
+            "precision": self.precision,
+            "ranks": distributed.world_size(),
+            "micro": self.gradient.micro,
+            "optimizer": optimizer.rest,
+            "scaler": optimizer.scaler,
+            "extra": extra,
+        }
+        self.saver.save(self.step, state, {"model": self.method.state_dict(), "optimizer": optimizer.tensors}, {})
 
     def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Take over a checkpoint's state; returns its `extra`. All ranks call it with the same checkpoint.

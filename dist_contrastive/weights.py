@@ -70,9 +70,7 @@ def read_weights(source: Path) -> Weights:
         part, _, rest = name.partition(".")
         if part in parts:
             parts[part][rest] = tensor
-    return Weights(
-        checkpoint.path, parts["encoder"], parts["projector"], (_sha256(_read(checkpoint.path / "model.safetensors")),)
-    )
+    return Weights(checkpoint.path, parts["encoder"], parts["projector"], (checkpoint.sha256["model.safetensors"],))
 
 
 def _read(path: Path) -> bytes:

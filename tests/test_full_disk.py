@@ -114,26 +114,28 @@ def test_while_a_file_is_written(
 
 
 def log_in_little_room(rank: int, folder: Path, through: str) -> tuple[str, int, str]:
-    """What TensorBoard's thread met, raised in `through`; how many lines were written; what stood on stderr."""
+    """What TensorBoard's thread met, raised in `through`; the last step that was logged; what stood on stderr."""
     output = io.StringIO()
-    log = MetricsLog(folder, 0)
+    log = MetricsLog(folder, 0, lambda: "it goes on")
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
     error = ""
     with contextlib.redirect_stderr(output):
         try:
             if through == "flush":
                 log._tensorboard.add_text("more than fits", "x" * 5000)
-            else:
-                for step in range(100):
-                    log._tensorboard.add_scalar("loss", 1.0, step)
+            else:  # a line in metrics.jsonl is shorter than TensorBoard's, and all of them fit
+                for step in range(1, 101):
+                    log.write(step, 0, {"x": 1.0})
             log.flush()
-        except OSError as caught:
-            error = str(caught.strerror)
-        log.write(1, 0, {})
+        except UserError as caught:
+            error = str(caught)
+        with contextlib.suppress(UserError):
+            log.write(999, 0, {})
         log.close()
-    return error, len(read_metrics(folder / "metrics.jsonl")), output.getvalue()
+    return error, read_metrics(folder / "metrics.jsonl")[-1]["step"], output.getvalue()
 
 
 @pytest.mark.parametrize("through", ["a later call", "flush"])
 def test_tensorboards_thread_is_heard(through: str, tmp_path: Path) -> None:
-    assert run_ranks(log_in_little_room, 1, tmp_path, through) == [("File too large", 1, "")]
+    line = f"{tmp_path}/tensorboard can't be written (File too large); make room, then it goes on"
+    assert run_ranks(log_in_little_room, 1, tmp_path, through) == [(line, 999, "")]

@@ -15,8 +15,12 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from dist_contrastive.metrics import MetricsLog, StepTimer, TimeSplit, read_metrics
 
 
+def log_of(folder: Path, resumed_after: int = 0, probed: tuple[int, ...] = ()) -> MetricsLog:
+    return MetricsLog(folder, resumed_after, lambda: "it goes on", probed)
+
+
 def write_steps(folder: Path, resumed_after: int, steps: range, loss: float) -> None:
-    log = MetricsLog(folder, resumed_after)
+    log = log_of(folder, resumed_after)
     for step in steps:
         log.write(step, step // 4, {"loss": loss + step, "step_time_ms": 0.1})
     log.close()
@@ -37,7 +41,7 @@ def test_lines_are_json_and_tensorboard_has_the_same_numbers(tmp_path: Path) -> 
 
 
 def test_a_line_is_on_disk_once_it_is_written(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0)
+    log = log_of(tmp_path)
     log.write(1, 0, {"loss": 1.0})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "epoch": 0, "loss": 1.0}]
     log.close()
@@ -77,7 +81,7 @@ def test_lines_behind_a_damaged_one_are_kept(tmp_path: Path, damage: bytes) -> N
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0)
+    log = log_of(tmp_path)
     log.write(1, 0, {"loss": math.nan, "grad_norm": math.inf, "step_time_ms": 2.0})
     log.close()
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -88,7 +92,7 @@ PROBE: dict[str, Any] = {"linear_top1": 0.75, "knn_top1": 0.5, "linear_converged
 
 
 def test_a_probes_numbers_follow_their_step_in_both_logs(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0)
+    log = log_of(tmp_path)
     log.write(4, 0, {"loss": 1.0})
     log.write_probe(4, 0, PROBE)
     log.close()
@@ -102,18 +106,18 @@ def test_a_probes_numbers_follow_their_step_in_both_logs(tmp_path: Path) -> None
 @pytest.mark.parametrize(("probed", "left"), [((), 1), ((4,), 2)])
 def test_a_probe_that_the_run_has_forgotten_leaves_the_log(tmp_path: Path, probed: tuple[int, ...], left: int) -> None:
     """The last probe comes after the checkpoint of its step: a run that is resumed between the two probes again."""
-    log = MetricsLog(tmp_path, 0)
+    log = log_of(tmp_path)
     log.write(4, 0, {"loss": 1.0})
     log.write_probe(4, 0, PROBE)
     log.close()
-    MetricsLog(tmp_path, 4, probed).close()
+    log_of(tmp_path, 4, probed).close()
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == left
 
 
 def test_tensorboard_gets_config_and_pictures_without_a_second_run(tmp_path: Path) -> None:
     (tmp_path / "plots").mkdir()
     Image.fromarray(np.full((6, 8, 3), 7, np.uint8)).save(tmp_path / "plots" / "loss.png")
-    log = MetricsLog(tmp_path, 0)
+    log = log_of(tmp_path)
     log.write_probe(4, 0, PROBE)
     log.conclude(4, {"seed": 3, "augment.flip": [0.5], "encoder.name": "resnet18", "nothing": None}, tmp_path / "plots")
     log.close()

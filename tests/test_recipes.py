@@ -28,7 +28,7 @@ OPTIONS = set(
 --optim.name --optim.learning-rate --optim.weight-decay --optim.momentum --optim.warmup-epochs --optim.clip-norm
 --optim.schedule --optim.decay-epochs
 --probe.enabled --probe.no-enabled --probe.every --probe.knn-k --probe.knn-temperature --probe.strengths --probe.holdout
---checkpoint.every --checkpoint.keep
+--checkpoint.every --checkpoint.every-steps --checkpoint.every-minutes --checkpoint.keep
 --launch.ranks --launch.device --launch.precision --launch.timeout-minutes
 """.split()  # noqa: SIM905 - a list of strings would be a page long
 )

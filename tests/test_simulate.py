@@ -150,8 +150,8 @@ def test_collectives_are_those_of_the_closed_form(pool: ProcessPoolExecutor) -> 
     assert take("allreduce", "methods/simclr.py", "loss") == [(1, question)]
     assert sorted(take("allreduce", "step/replicas.py", "backward")) == sorted([(1, question), (1, embeddings)])
     assert take("allreduce", "step/gradient.py", "_attempt") == [(4, question)]
-    # loss and positive cosine, and whose loss is finite; whether to stop is a question between hosts.
-    assert sorted(take("allreduce", "trainer.py", "_agree")) == sorted([(1, 4 * (2 + ranks)), (1, question)])
+    # loss and positive cosine, the time, and whose loss is finite; whether to stop is a question between hosts.
+    assert sorted(take("allreduce", "trainer.py", "_agree")) == sorted([(1, 4 * (2 + 1 + ranks)), (1, question)])
     assert (
         sum(count * size for count, size in take("allreduce", "step/replicas.py", "_average")) == 4 * found.parameters
     )

@@ -1,0 +1,286 @@
+"""`python -m benchmarks.checkpoint`: what does a checkpoint cost a run, how soon is a run back, and what does a kill lose?
+
+Four questions, each on real runs of two ranks under `accelerate launch` (the last one in this process):
+
+- cost: the loop's time with a checkpoint after each epoch (the default) beside the same run with none, in turns;
+- resume: from the start of the command to the first new step in metrics.jsonl;
+- kill: everything of a run that saves every few steps is killed with SIGKILL at a random moment; the steps that were done
+  and are not in its newest checkpoint;
+- size: a state of 300 MB in memory: copying it, writing it, reading it back, and the memory that each takes beyond the state.
+
+It takes about five minutes on two cores, on which nothing else should run.
+
+    python -m dist_contrastive.pack photos data/photos.beton
+    python -m benchmarks.checkpoint
+"""
+
+import json
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from benchmarks.loader import hardware
+from dist_contrastive.atomic import write_atomic
+from dist_contrastive.batch import steps_per_epoch
+from dist_contrastive.checkpoint import CheckpointStore, Saver, load_module, load_optimizer, optimizer_tensors
+from dist_contrastive.cli import main_guard, parse
+from dist_contrastive.config import require
+from dist_contrastive.data.beton import open_dataset
+from dist_contrastive.metrics import read_metrics
+from dist_contrastive.recipes import build_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = "photos"
+NO_CHECKPOINTS = ("--checkpoint.every", "100000")
+TIMEOUT_S = 300.0
+MILLION_PARAMETERS = 25
+
+
+@dataclass(frozen=True)
+class CheckpointBenchmark:
+    data: Path = Path("data/photos.beton")
+    """The packed dataset of the recipe photos."""
+    epochs: int = 3
+    """Length of the runs whose loops are compared, in epochs."""
+    pairs: int = 2
+    """How often they are compared."""
+    kills: int = 2
+    """How often a run is killed."""
+    every_steps: int = 10
+    """Steps between the checkpoints of the runs that are killed."""
+    out: Path | None = None
+    """Where to write the record; a folder of today in benchmarks/records if none is given."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "pairs", "kills", "every_steps"):
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: give at least 1")
+
+
+def command_of(config: CheckpointBenchmark, run_dir: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch_configs" / "cpu.yaml"),
+        "-m", "dist_contrastive.train", RECIPE, "--data.path", str(config.data), "--run-dir", str(run_dir),
+        "--launch.device", "cpu", "--probe.no-enabled", *more,
+    ]  # fmt: skip
+
+
+def launch(config: CheckpointBenchmark, run_dir: Path, *more: str) -> tuple[subprocess.Popen[bytes], float]:
+    """A run that has begun, and when it did."""
+    output = open(run_dir.with_suffix(".txt"), "ab")  # noqa: SIM115 - the process has it
+    return subprocess.Popen(command_of(config, run_dir, *more), stdout=output, stderr=output), time.monotonic()
+
+
+def last_step(run_dir: Path) -> int:
+    return max((line["step"] for line in read_metrics(run_dir / "metrics.jsonl")), default=0)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, "a run does not come on"
+        assert process.poll() is None or condition(), "a run ended by itself; its output lies beside its folder"
+        time.sleep(0.01)
+
+
+def stopped_run(config: CheckpointBenchmark, run_dir: Path, steps: int, *more: str) -> dict[str, float]:
+    """Train so many steps and stop; where the time of rank 0 went, in seconds."""
+    process, _ = launch(config, run_dir, "--stop-after-steps", str(steps), *more)
+    process.wait(TIMEOUT_S)
+    seconds: dict[str, float] = json.loads((run_dir / "machine.json").read_text())["seconds"]
+    return seconds
+
+
+def resume_s(config: CheckpointBenchmark, run_dir: Path) -> float:
+    """Seconds from the command to the first step that is done after the newest checkpoint."""
+    step = CheckpointStore(run_dir / "checkpoints", keep=2).steps()[-1]
+    process, began = launch(config, run_dir, "--stop-after-steps", str(step + 1))
+    # Before it goes on, the run takes lines of steps that are to be done again out of the file.
+    wait_for(lambda: f"goes on after step {step} " in run_dir.with_suffix(".txt").read_text(errors="replace"), process)
+    wait_for(lambda: last_step(run_dir) > step, process)
+    took = time.monotonic() - began
+    process.wait(TIMEOUT_S)
+    return took
+
+
+def loop_s(seconds: dict[str, float]) -> float:
+    return sum(seconds.get(part, 0.0) for part in ("training", "waiting_for_data", "checkpoints"))
+
+
+def cost_of_checkpoints(config: CheckpointBenchmark, folder: Path, per_epoch: int) -> dict[str, Any]:
+    """The seconds of each run, with and without, and those until they were back."""
+    steps = config.epochs * per_epoch + 1
+    result: dict[str, Any] = {"steps": steps, "with": [], "without": [], "resume_s": []}
+    for number in range(config.pairs):
+        names = ("with", "without") if number % 2 == 0 else ("without", "with")
+        for name in names:
+            run_dir = folder / f"{name}-{number}"
+            result[name].append(
+                stopped_run(
+                    config, run_dir, steps, *(NO_CHECKPOINTS if name == "without" else ("--checkpoint.every", "1"))
+                )
+            )
+            if name == "with":
+                result["resume_s"].append(resume_s(config, run_dir))
+    return result
+
+
+def lost_by_a_kill(config: CheckpointBenchmark, run_dir: Path, generator: random.Random) -> dict[str, Any]:
+    """Kill a run in mid-flight; what was lost, and how soon it was back."""
+    process, _ = launch(config, run_dir, "--checkpoint.every-steps", str(config.every_steps))
+    least = generator.randrange(config.every_steps + 1, 3 * config.every_steps)
+    wait_for(lambda: last_step(run_dir) >= least, process)
+    time.sleep(generator.uniform(0, 0.3))
+    # The launcher's ranks first: alone, they would end by themselves.
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait(TIMEOUT_S)
+    reached = last_step(run_dir)
+    newest = CheckpointStore(run_dir / "checkpoints", keep=2).newest()
+    kept = newest.step if newest else 0
+    return {"reached": reached, "kept": kept, "lost": reached - kept, "resume_s": resume_s(config, run_dir)}
+
+
+class Peak:
+    """Within the context: how far this process's memory (anonymous, what no file gives back) rose, in MB."""
+
+    def __enter__(self) -> "Peak":
+        self._stop = threading.Event()
+        self._base = self._top = self._now()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.mb = max(self._top, self._now()) - self._base
+
+    @staticmethod
+    def _now() -> float:
+        memory = psutil.Process().memory_info()
+        return float(memory.rss - memory.shared) / 1e6
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.002):
+            self._top = max(self._top, self._now())
+
+
+def size_of_state(folder: Path) -> dict[str, float]:
+    """Seconds and memory for a state of three times 100 MB: weights and AdamW's two moments."""
+    module = nn.ParameterDict({str(n): nn.Parameter(torch.randn(2**20)) for n in range(MILLION_PARAMETERS)})
+    optimizer = torch.optim.AdamW(module.parameters())
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    store = CheckpointStore(folder / "size", keep=2)
+    saver = Saver(store, lambda: "", TIMEOUT_S)
+    result: dict[str, float] = {}
+    for step in (1, 2):  # the first one makes the buffers
+        moments, rest = optimizer_tensors(optimizer)
+        with Peak() as peak:
+            began = time.monotonic()
+            saver.save(step, {"optimizer": rest}, {"model": module.state_dict(), "optimizer": moments}, {})
+            copied = time.monotonic()
+            saver.settle()
+        times = "first" if step == 1 else "later"
+        result |= {f"{times}_copy_s": copied - began, "write_s": time.monotonic() - copied, f"{times}_peak_mb": peak.mb}
+    with Peak() as peak:
+        began = time.monotonic()
+        found = store.load(2)
+        load_module(module, found.tensors["model"])
+        load_optimizer(optimizer, found.tensors["optimizer"], found.state["optimizer"])
+    size = sum(path.stat().st_size for path in store.path(2).iterdir())
+    return result | {"load_s": time.monotonic() - began, "load_peak_mb": peak.mb, "size_mb": size / 1e6}
+
+
+def spread(values: Sequence[float], unit: str) -> str:
+    return f"{statistics.median(values):.3g}{unit} ({min(values):.3g} to {max(values):.3g}, {len(values)} times)"
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown: what was asked, what was found, what was aimed at."""
+    cost, kills, size = record["cost"], record["kills"], record["size"]
+    direct = [100 * with_["checkpoints"] / loop_s(with_) for with_ in cost["with"]]
+    beside = [
+        100 * (loop_s(with_) / loop_s(without) - 1)
+        for with_, without in zip(cost["with"], cost["without"], strict=True)
+    ]
+    resumes = [*cost["resume_s"], *(kill["resume_s"] for kill in kills)]
+    lost = ", ".join(f"{kill['lost']} (of {kill['reached']})" for kill in kills)
+    rows = [
+        ("the loop waits for its checkpoints, one an epoch, % of its time", spread(direct, " %"), "at most 5 %"),
+        ("the loop with them beside the loop without", spread(beside, " %"), "at most 5 %"),
+        ("from the command to the first step of a resumed run", spread(resumes, " s"), "at most 20 s"),
+        (f"steps lost by SIGKILL, a checkpoint every {record['settings']['every_steps']} steps", lost, "at most those"),
+        (f"a state of {size['size_mb']:.0f} MB: the loop waits for the copy", f"{size['later_copy_s']:.3g} s", ""),
+        ("the same: written in the background", f"{size['write_s']:.3g} s", ""),
+        ("the same: verified and loaded", f"{size['load_s']:.3g} s", ""),
+        (
+            "memory beyond the state: first, later checkpoints, load",
+            f"{size['first_peak_mb']:.0f}, {size['later_peak_mb']:.0f}, {size['load_peak_mb']:.0f} MB",
+            "",
+        ),
+    ]
+    lines = ["| what | measured | aim |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def page(record: dict[str, Any]) -> str:
+    machine = record["hardware"]
+    return (
+        "# What checkpoints cost, how soon a run is back, what a kill loses\n\n"
+        f"`python -m benchmarks.checkpoint` on {machine['usable_cores']} cores of {machine['cpu']}, "
+        f"{machine['memory_gib']} GiB, load average {machine['load_average_1min']:.2f} over the minute before; recipe "
+        f"`{RECIPE}` on two ranks over gloo, "
+        f"{record['cost']['steps']} steps a run.\n\n"
+        f"{table(record)}\n"
+        "The first line is what rank 0 waited (copying the state, waiting for the checkpoint before it); the second one has what "
+        "the writing took from the steps beside it, too, and the noise of two runs. Raw numbers: `checkpoint.json`.\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(CheckpointBenchmark, argv, prog="python -m benchmarks.checkpoint", about=__doc__)
+    machine = hardware()  # before this program makes a load of its own
+    num_train = open_dataset(config.data).manifest.num_train
+    out = config.out or ROOT / "benchmarks" / "records" / f"{date.today()}_{machine['usable_cores']}cpu_checkpoint"
+    generator = random.Random(10)
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+    record: dict[str, Any] = {
+        "question": "what does a checkpoint cost, how soon is a run back, what does a kill lose?",
+        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(config).items()},
+        "size": size_of_state(folder),
+        "cost": cost_of_checkpoints(config, folder, steps_per_epoch(num_train, build_recipe(RECIPE).batch.size)),
+        "kills": [lost_by_a_kill(config, folder / f"killed-{number}", generator) for number in range(config.kills)],
+        "hardware": machine,
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "accelerate", "safetensors", "numpy")},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "checkpoint.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_atomic(out / "README.md", page(record).encode())
+    shutil.rmtree(folder)
+    print(f"{table(record)}\nwritten: {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))
