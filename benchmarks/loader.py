@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = open_dataset(config.data)
     num_train = dataset.manifest.num_train
     require(config.batch <= num_train, f"--batch {config.batch} is more than the {num_train} training samples")
-    threads = fair_threads(config.threads, local_ranks=1)
+    threads = fair_threads(config.threads)
     rates = measure(config, dataset, threads)
     Console().print(table(config, threads, rates))
     if config.out is not None:

@@ -15,17 +15,20 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 import dist_contrastive
-from dist_contrastive import distributed
+from dist_contrastive import distributed, rendezvous
 from dist_contrastive.config import TrainConfig, UserError
 from dist_contrastive.preflight import (
     ACCELERATE_NAMES,
     ZeroLaunch,
+    check_devices,
     check_ranks,
     device_and_precision,
+    device_number,
     launched_ranks,
     zero_launch,
 )
 
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 BUCKET = 2**25
 """Numbers that DeepSpeed sends at once: 128 MiB of fp32."""
 
@@ -35,6 +38,8 @@ def connect(config: TrainConfig) -> Accelerator:
     device, precision = device_and_precision(config.launch)
     timeout = datetime.timedelta(minutes=config.launch.timeout_minutes)
     zero = zero_launch(config)
+    rendezvous.join(BACKENDS[device], timeout=timeout, gpu=_gpu if device == "cuda" else str)
+    check_devices(rendezvous.peers())
     if zero:
         accelerator = _connect_deepspeed(zero, device, timeout)
     else:
@@ -48,9 +53,8 @@ def connect(config: TrainConfig) -> Accelerator:
         )
     _check(config, accelerator, device)
     distributed.open_messages(timeout)
-    cores = len(os.sched_getaffinity(0))
-    if device == "cpu":
-        torch.set_num_threads(max(1, cores // distributed.local_ranks()))
+    if device == "cpu":  # whatever OMP_NUM_THREADS says: torchrun sets it to 1 where the user does not
+        torch.set_num_threads(rendezvous.fair_cores())
     return accelerator
 
 
@@ -82,9 +86,8 @@ def _connect_deepspeed(zero: ZeroLaunch, device: str, timeout: datetime.timedelt
             },
         }
     )
-    backend = {"cpu": "gloo", "cuda": "nccl"}[device]
     return Accelerator(
-        deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)]
+        deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend=BACKENDS[device], timeout=timeout)]
     )
 
 
@@ -95,10 +98,15 @@ def _check(config: TrainConfig, accelerator: Accelerator, device: str) -> None:
     if accelerator.device.type != device:
         raise UserError(f"the run got device {accelerator.device.type}, not {device}; check the launch config")
     if distributed.is_distributed():
-        backend = {"cpu": "gloo", "cuda": "nccl"}[device]
+        backend = BACKENDS[device]
         if dist.get_backend() != backend:
             raise UserError(f"the ranks talk over {dist.get_backend()}, not {backend}; check the launch config")
     check_ranks(config, ranks)
+
+
+def _gpu() -> str:
+    """What tells the GPU of this rank from all others."""
+    return str(torch.cuda.get_device_properties(device_number()).uuid)
 
 
 def source_commit() -> str | None:

@@ -16,6 +16,7 @@ from dist_contrastive.batch import Share, smallest_part, steps_per_epoch
 from dist_contrastive.config import LaunchConfig, TrainConfig, UserError, require
 from dist_contrastive.data.format import Manifest, find_manifest
 from dist_contrastive.methods import method_of
+from dist_contrastive.rendezvous import Peer, in_ranges
 from dist_contrastive.run_folder import start_of
 
 ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -77,27 +78,52 @@ def device_and_precision(wanted: LaunchConfig) -> tuple[str, str]:
     has_cuda = torch.cuda.is_available()
     require(wanted.device != "cuda" or has_cuda, "--launch.device cuda: torch sees no CUDA device here")
     precision: str = wanted.precision
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    launched_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    require(
+        has_cuda or launched_on_cpu or wanted.device == "cpu" or launched == "no",
+        f"accelerate was told to use {launched}, as for GPUs, and torch sees no CUDA device here; to train on the CPU all the "
+        "same add --launch.device cpu",
+    )
     if precision == "auto":
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         require(
             launched in PRECISIONS, f"mixed precision {launched} of the launch is not supported; use no, bf16 or fp16"
         )
         precision = PRECISIONS[launched]
-    launched_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if wanted.device == "cpu" or launched_on_cpu or not has_cuda:
         require(precision != "fp16", "fp16 needs a GPU; on a CPU use --launch.precision bf16 or fp32")
         return "cpu", precision
     number, visible = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    # A rank that sees a single GPU may have it for itself; whether it has, the ranks find out together (`check_devices`).
+    has_own = visible == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
     require(
-        number < visible,
+        number < visible or has_own,
         f"rank {os.environ.get('RANK', 0)} is number {number} (from 0) on its host and sees {visible} GPU(s); start no more "
-        "ranks than GPUs, and let each see all of them (Slurm: --gpus-per-node, not --gpus-per-task)",
+        "ranks than GPUs, and let each see all of them or its own alone",
     )
     require(
         precision != "bf16" or torch.cuda.is_bf16_supported(including_emulation=False),
         "this GPU computes no bf16 (that takes Ampere or newer: A100, RTX 30); use --launch.precision fp16",
     )
     return "cuda", precision
+
+
+def device_number() -> int:
+    """Which of the GPUs that this rank sees is its own."""
+    return int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+
+
+def check_devices(peers: list[Peer]) -> None:
+    """`UserError` where ranks have the same GPU. `peers`: what each rank has told, in rank order."""
+    users: dict[str, list[int]] = {}
+    for rank, peer in enumerate(peers):
+        users.setdefault(peer.gpu, []).append(rank)
+    for gpu, ranks in users.items():
+        require(
+            not gpu or len(ranks) == 1,
+            f"ranks {in_ranges(ranks)} have one and the same GPU of {peers[ranks[0]].host} ({gpu}); start no more ranks than "
+            "GPUs, and let each see all of them, or its own alone (CUDA_VISIBLE_DEVICES; Slurm: --gpus-per-task=1)",
+        )
 
 
 @dataclass(frozen=True)

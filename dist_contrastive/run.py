@@ -132,7 +132,7 @@ class Run:
         self.config = config
         self.dataset = dataset
         self.folder = folder
-        self.threads = fair_threads(config.data.threads, distributed.local_ranks())
+        self.threads = fair_threads(config.data.threads)
         self.trainer = Trainer(
             config,
             accelerator,

@@ -98,7 +98,7 @@ def probe(
         probe=replace(config.probe, knn_k=0) if transfers else config.probe,
         seed=config.seed,
         device=device,
-        threads=fair_threads(config.data.threads, local_ranks=1),
+        threads=fair_threads(config.data.threads),
     )
     encoder = build_method(config).encoder.to(device)
     with announced_compilation(print):

@@ -16,7 +16,7 @@ ROOT = Path(dist_contrastive.__file__).parent
 # A package stands for all that is in it. A new module gets its level here, deliberately.
 LEVELS = {
     "": 0, "config": 0, "batch": 0, "rng": 0, "distributed": 0, "schedules": 0, "atomic": 0, "cli": 0, "processes": 0,
-    "out_of_memory": 0, "liveness": 0, "signals": 0, "slurm": 0, "cadence": 0, "folder_lock": 0,
+    "out_of_memory": 0, "liveness": 0, "rendezvous": 0, "signals": 0, "slurm": 0, "cadence": 0, "folder_lock": 0,
     "losses": 1, "models": 1, "data": 1, "optim": 1,
     "methods": 2, "evaluation": 2,
     "checkpoint": 3, "metrics": 3, "step": 3, "report": 3, "run_folder": 3, "run_status": 3, "launch": 3, "progress": 3,

@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from dist_contrastive.data import loader
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import TEST, TRAIN
 from dist_contrastive.data.loader import Epoch, eval_pass, fair_threads, random_boxes, train_epoch
+from dist_contrastive.rendezvous import fair_cores
 from tests.betons import decoded, jpeg, picture, write_beton
 
 SHAPES = [(32, 32), (48, 31), (64, 200), (5, 90), (1, 1), (7, 1), (150, 120), (33, 47), (1, 9), (16, 16)]
@@ -477,12 +477,9 @@ def test_an_error_in_the_order_ends_the_threads(small):
     assert loader_threads() == []
 
 
-def test_fair_threads_share_the_usable_cores():
-    cores = len(os.sched_getaffinity(0))
-    assert fair_threads(0, 1) == cores
-    assert fair_threads(0, 2) == max(1, cores // 2)
-    assert fair_threads(0, 1000) == 1
-    assert fair_threads(5, 1000) == 5
+def test_threads_are_those_configured_or_a_fair_share_of_the_cores():
+    assert fair_threads(0) == fair_cores()
+    assert fair_threads(5) == 5
 
 
 def test_packed_file_is_not_needed_by_name_once_it_is_open(tmp_path: Path):

@@ -15,7 +15,6 @@ So neither threads, ranks nor restarts change what a sample looks like at an epo
 """
 
 import math
-import os
 import time
 import weakref
 from collections import deque
@@ -38,6 +37,7 @@ from dist_contrastive.batch import Batch, Share, steps_per_epoch
 from dist_contrastive.config import AugmentConfig, DataConfig, require
 from dist_contrastive.data.beton import TURBOJPEG_DECODE, Dataset
 from dist_contrastive.data.format import TRAIN
+from dist_contrastive.rendezvous import fair_cores
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 CROP = int(rng.Stream.CROP)
@@ -477,9 +477,9 @@ def _shares(samples: np.ndarray, num_parts: int) -> Iterator[tuple[int, np.ndarr
         start += len(share)
 
 
-def fair_threads(configured: int, local_ranks: int) -> int:
-    """Loader threads of one rank: `configured`, or where that is 0 an equal share of the usable cores, at least 1."""
-    return configured or max(1, len(os.sched_getaffinity(0)) // local_ranks)
+def fair_threads(configured: int) -> int:
+    """Loader threads of this rank: `configured`, or where that is 0 its share of the usable cores (`rendezvous.fair_cores`)."""
+    return configured or fair_cores()
 
 
 def train_epoch(

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dist_contrastive import distributed
+from dist_contrastive import distributed, rendezvous
 from dist_contrastive.simulate.autograd import python_engine
 from dist_contrastive.simulate.patches import attribute, patched
 
@@ -192,6 +192,7 @@ def fake_cuda(ranks: int, on_sync: Callable[[str], None]) -> Iterator[None]:
         (torch.cuda, "synchronize", lambda *args: on_sync("synchronize")),
         (dist, "get_backend", lambda group=None: "nccl"),
         (dist, "new_group", partial(_talk_to_nobody, attribute(dist, "new_group"))),
+        (rendezvous, "join", lambda *args, **kwargs: None),  # nobody else is there to answer
         (Tensor, "pin_memory", lambda tensor, *args: pin(tensor)),
         (FakeTensor, "tolist", read),
         (FakeTensorMode, "avoid_device_init", True),
