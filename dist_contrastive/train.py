@@ -9,10 +9,17 @@ RECIPE is a config with a name (photos if none is given); --list tells what ther
         --data.path data/mine.beton --data.image-size 96 --encoder.name resnet18 --run-dir runs/mine
 
 A run that was stopped goes on where it stopped when the same command is given again.
+
+With --dry-run everything is built and the plan is printed: steps, memory, collectives, disk. Nothing is trained or written. The
+ranks are those that were launched; --ranks N and --device cuda plan for N GPUs that need not be there:
+
+    python -m dist_contrastive.train imagenet_simclr_4096 --dry-run --ranks 256 --device cuda --launch.precision bf16
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dist_contrastive import cli, distributed, liveness, preflight, slurm
 from dist_contrastive.config import TrainConfig, UserError
@@ -35,16 +42,45 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     return cli.parse(build_recipe(name), args, prog=f"{PROG} {name}", about=__doc__)
 
 
+@dataclass(frozen=True)
+class DryRun:
+    """What --dry-run is to plan for."""
+
+    ranks: int | None
+    """CUDA ranks that need not be there; None: those that were launched."""
+
+
+def take_dry_run(argv: Sequence[str]) -> tuple[list[str], DryRun | None]:
+    """The command line without --dry-run and the options that go with it, and what these ask for; None without --dry-run."""
+    if "--dry-run" not in argv:
+        return list(argv), None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--ranks", type=int)
+    parser.add_argument("--device", choices=["cuda"])
+    try:
+        found, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(
+            f"{error.argument_name} with --dry-run: {error.message}; --ranks N plans for N GPUs, and CPU ranks are to be launched"
+        ) from error
+    simulates = found.ranks is not None or found.device is not None
+    return rest, DryRun((1 if found.ranks is None else found.ranks) if simulates else None)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     slurm.adopt_slurm()
     liveness.end_with_launcher()
-    config = parse(argv)
-    preflight.check(config)
+    arguments, dry = take_dry_run(sys.argv[1:] if argv is None else argv)
+    config = parse(arguments)
+    if not dry:
+        preflight.check(config)
 
+    from dist_contrastive.dry_run import dry_run
     from dist_contrastive.run import train
 
     try:
-        finished = train(config)
+        finished = dry_run(config, dry.ranks) if dry else train(config)
     except (UserError, KeyboardInterrupt):
         distributed.shut_down()
         raise

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import BatchConfig, EncoderConfig, TrainConfig, UserError
+from dist_contrastive.dry_run import dry_run
 from dist_contrastive.launch import connect
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.base import Embeddings, Losses
@@ -448,6 +449,24 @@ def test_the_planned_micro_batch_fits_and_is_as_large_as_can_be(of_recipes: dict
     assert found.beyond_model_bytes <= usable
     passes = math.ceil(found.rank_batch / found.micro)  # of balanced micro-batches; one fewer would not fit
     assert passes == 1 or found.beyond_model_bytes * passes / (passes - 1) > usable
+
+
+@each_recipe
+def test_a_recipe_has_a_plan_at_its_world_size(
+    of_recipes: dict[str, Any], recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch, found = launch_of(recipe), of_recipes[recipe].result()
+    monkeypatch.setattr("dist_contrastive.dry_run.simulate", lambda *args, **kwargs: found)
+    config = replace(config_of(recipe), data=replace(config_of(recipe).data, path=Path("gone.beton")))
+    dry_run(replace(config, launch=replace(config.launch, precision=launch.precision)), launch.ranks)
+    plan = capsys.readouterr().out
+    for words in (
+        f" {launch.ranks} on cuda in {launch.precision}, simulated",
+        f"= {launch.ranks} × {config.batch.size // launch.ranks:,}, in ",
+        f"{found.parameters / 1e6:.1f} M trained",
+        "not there yet: no packed dataset at gone.beton",
+    ):
+        assert words in plan
 
 
 # Where the host waits for the device in a step that is logged, and why it may: (what, file, function).

@@ -85,6 +85,8 @@ class Simulation:
     """What the method made of the rank batch: embeddings and targets."""
     held_bytes: int
     """Tensors on the device between updates: the model, the optimizer's state, DDP's buckets."""
+    checkpoint_bytes: int
+    """Tensors that a checkpoint holds: the model, and the optimizer's state of all ranks."""
     peak_bytes: int
     """Tensors on the device at the worst moment of two updates."""
     operations: tuple[Operation, ...]

@@ -50,6 +50,7 @@ def simulate_here(
             trainer.update(batch)
         held, peak = memory.live, memory.peak
         model = [*trainer.method.parameters(), *trainer.method.buffers()]
+        saved = [*trainer.method.state_dict().values(), *trainer.replicas.state().tensors.values()]
     AcceleratorState._reset_state(reset_partial_state=True)
     return Simulation(
         ranks=ranks,
@@ -60,6 +61,7 @@ def simulate_here(
         model_bytes=sum(_size(x) for x in model),
         embedding_bytes=embedding_bytes[-1],
         held_bytes=held,
+        checkpoint_bytes=sum(_size(x) for x in saved),
         peak_bytes=peak,
         operations=watch.operations,
         collectives=watch.collectives,
