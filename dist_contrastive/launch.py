@@ -69,6 +69,8 @@ def _connect_deepspeed(zero: ZeroLaunch, device: str, timeout: datetime.timedelt
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     optimizer_on = {"device": "cpu", "pin_memory": device == "cuda"} if zero.offload else {"device": "none"}
+    # Of which fields the launch config has, accelerate refuses those that a DeepSpeed config has too; they are taken from it.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     plugin = DeepSpeedPlugin(
         hf_ds_config={
             "train_micro_batch_size_per_gpu": 1,  # it asks, and the trainer cuts its batches itself
@@ -134,7 +136,7 @@ def describe_machine(config: TrainConfig, accelerator: Accelerator) -> dict[str,
         "backend": dist.get_backend() if distributed.is_distributed() else "none (one rank)",
         "device": accelerator.device.type,
         "precision": device_and_precision(config.launch)[1],
-        "optimizer": f"ZeRO stage {zero.stage}{', on the host' * zero.offload}" if zero else "whole on each rank",
+        "optimizer": zero.describe() if zero else "whole on each rank",
     }
     if accelerator.device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()

@@ -135,6 +135,9 @@ class ZeroLaunch:
     offload: bool
     """Whether the optimizer's state lies in the host's memory."""
 
+    def describe(self) -> str:
+        return f"ZeRO stage {self.stage}{' on the host' if self.offload else ''}"
+
 
 def zero_launch(config: TrainConfig) -> ZeroLaunch | None:
     """What was launched under DeepSpeed, None where nothing was; `UserError` where the run can't be computed so."""

@@ -268,8 +268,9 @@ class Run:
             f"{config.recipe}: {config.method.name}, {config.encoder.name} ({trainer.num_parameters / 1e6:.1f} M parameters with "
             f"projector), {self.dataset.path} ({self.dataset.manifest.num_train:,} training samples), {config.run_dir}"
         )
+        zero = f", {machine['optimizer']}" if preflight.zero_launch(config) else ""
         say(
-            f"{machine['ranks']} rank(s), {machine['device']}, {machine['backend']}, {machine['precision']}; global batch "
+            f"{machine['ranks']} rank(s), {machine['device']}, {machine['backend']}, {machine['precision']}{zero}; global batch "
             f"{config.batch.size}, learning rate {config.optim.learning_rate:g} per 256 samples = "
             f"{trainer.peak_learning_rate:g}; {config.epochs} epochs of {trainer.steps_per_epoch} steps"
         )

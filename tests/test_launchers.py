@@ -15,11 +15,12 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from dist_contrastive import preflight
 from dist_contrastive.config import LaunchConfig
 from dist_contrastive.launch import BACKENDS
+from dist_contrastive.train import parse
 from tests.harness import run_ranks
 from tests.runs import STEPS_PER_EPOCH, assert_same_state, metrics_of, newest_checkpoint, write_dataset
 from tests.test_command import TIMEOUT_S, command, options
@@ -112,6 +113,46 @@ def test_ranks_get_what_the_file_says(file: Path, monkeypatch: pytest.MonkeyPatc
     assert preflight.launched_ranks() == told["num_processes"]
     assert BACKENDS[device] == ("gloo" if told["use_cpu"] else "nccl")
     assert load_config_from_file(str(file)).distributed_type == DistributedType[told["distributed_type"]]
+
+
+DEEPSPEED = [file for file in FILES if "deepspeed" in file.stem]
+
+
+@pytest.mark.parametrize("file", DEEPSPEED, ids=lambda file: file.stem)
+def test_ranks_under_deepspeed_get_what_the_file_says(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = yaml.safe_load(file.read_text())
+    arguments = parsed(file)
+    assert arguments.use_deepspeed
+    arguments.deepspeed_fields_from_accelerate_config = list(told["deepspeed_config"])  # as the launcher's command does
+    _, environment = prepare_deepspeed_cmd_env(arguments)
+    monkeypatch.setattr(os, "environ", {**environment, "WORLD_SIZE": str(told["num_processes"]), "LOCAL_RANK": "1"})
+    config = parse(["photos"])
+    zero = preflight.zero_launch(config)
+    assert zero
+    assert zero.stage == told["deepspeed_config"]["zero_stage"]
+    assert zero.offload == (told["deepspeed_config"]["offload_optimizer_device"] == "cpu")
+    a_machine_with_gpus(monkeypatch, told["num_processes"], capability=8)
+    device, precision = preflight.device_and_precision(config.launch)
+    assert (device, preflight.ACCELERATE_NAMES[precision]) == ("cuda", told["mixed_precision"])
+    assert load_config_from_file(str(file)).distributed_type == DistributedType[told["distributed_type"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("deepspeed_zero1", "2 rank(s), cpu, gloo, bf16, ZeRO stage 1; "),
+        ("deepspeed_zero2_offload", "2 rank(s), cpu, gloo, fp32, ZeRO stage 2 on the host; "),
+    ],
+)
+def test_deepspeed_on_processors(name: str, words: str, dataset: Path, tmp_path: Path) -> None:
+    run_dir, precision = tmp_path / "run", "bf16" if "bf16" in words else "no"
+    arguments = options(dataset, run_dir, "--epochs", "1", "--probe.no-enabled", "--launch.ranks", "2")
+    (found,) = outputs([
+        *ACCELERATE, "--config_file", str(ROOT / "launch_configs" / f"{name}.yaml"), "--num_processes", "2",
+        "--mixed_precision", precision, "-m", "dist_contrastive.train", *arguments,
+    ])  # fmt: skip
+    assert words in found
+    assert (run_dir / "DONE").exists()
 
 
 def test_machines_that_are_several_meet_at_a_port_that_all_know() -> None:
