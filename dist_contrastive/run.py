@@ -210,7 +210,12 @@ class Run:
     def _newest_checkpoint(self) -> Checkpoint | None:
         """The same on every rank; each reads it for itself."""
         store = self.trainer.store
-        newest = distributed.together(lambda: store.newest() if distributed.is_main() else None)
+
+        def find() -> Checkpoint | None:
+            with liveness.busy(f"verifies {store.root}"):
+                return store.newest() if distributed.is_main() else None
+
+        newest = distributed.together(find)
         step = distributed.broadcast_object(newest.step if newest else None)
         return None if step is None else distributed.together(lambda: newest or store.load(step, distributed.rank()))
 

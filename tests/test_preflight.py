@@ -326,6 +326,8 @@ def test_an_evaluation_crop_of_less_than_a_pixel_is_refused(dataset: Path, tmp_p
         ({"probe": ProbeConfig(every=5)}, "--probe.every 5 is more than --epochs 4: "),
         ({"probe": ProbeConfig(enabled=False, every=5)}, None),
         ({"checkpoint": CheckpointConfig(every=5)}, "--checkpoint.every 5 is more than --epochs 4: "),
+        ({"checkpoint": CheckpointConfig(every=5, every_steps=100)}, None),
+        ({"checkpoint": CheckpointConfig(every=5, every_minutes=10)}, None),
         (
             {"method": MoCoConfig(queue=16 * 8)},
             "--method.queue 128 holds more keys than there are training samples (100)",

@@ -68,7 +68,7 @@ def test_where_and_how_it_runs_may_differ(tmp_path: Path) -> None:
         run_dir=Path("elsewhere"),
         stop_after_steps=9,
         data=replace(CONFIG.data, path=Path("moved.beton"), threads=7, batches_ahead=5, timeout_s=3.0),
-        checkpoint=replace(CONFIG.checkpoint, every=5, keep=9),
+        checkpoint=replace(CONFIG.checkpoint, every=5, every_steps=7, every_minutes=1.5, keep=9),
         launch=replace(CONFIG.launch, ranks=2, device="cpu", timeout_minutes=1.0),
     )
     assert open_once(tmp_path, moved) == "resume"

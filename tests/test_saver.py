@@ -96,6 +96,23 @@ def test_a_buffer_takes_another_shape(tmp_path: Path) -> None:
         assert (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_is_saved_from_a_gpu_is_the_state_at_the_call(tmp_path: Path) -> None:
+    store = SlowStore(tmp_path)
+    saver = saver_of(store)
+    for step in (1, 2):
+        state, tensors = state_at(step)
+        on_gpu = {name: tensor.cuda() for name, tensor in tensors.items()}
+        store.disk.clear()
+        saver.save(step, state, {"model": on_gpu}, {})
+        for tensor in on_gpu.values():
+            tensor.zero_()
+        store.disk.set()
+        saver.settle()
+        assert_holds(store, step)
+
+
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 

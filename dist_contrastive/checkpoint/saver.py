@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from dist_contrastive import distributed
+from dist_contrastive import distributed, liveness
 from dist_contrastive.atomic import write_atomic, writing
 from dist_contrastive.checkpoint.store import CheckpointStore, shard_name
 from dist_contrastive.checkpoint.tensor_file import HostCopy, Tensors
@@ -99,7 +99,9 @@ class Saver:
             self._thread.join(timeout_s)
 
     def _join(self) -> None:
-        self.wait()
+        assert self._under_way
+        with liveness.busy(f"writes {self._under_way}"):
+            self.wait()
         self._thread, error, self._error = None, self._error, None
         if error:
             raise error
