@@ -269,9 +269,13 @@ def test_a_run_that_signals_stopped_ends_as_one_that_none_did(
     chain.finish()
     assert_same_state(newest_checkpoint(chain.run_dir), newest_checkpoint(undisturbed))
     assert metrics_of(chain.run_dir) == metrics_of(undisturbed)
-    starts = newest_checkpoint(chain.run_dir).state["extra"]["starts"]
-    # In mid-epoch, after the save of the first epoch's end, and in the next epoch's probe, which is left for the next start.
-    assert [start["step"] for start in starts] == [0, 3, STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH]
+    begun, in_step, in_save, in_probe = (
+        start["step"] for start in newest_checkpoint(chain.run_dir).state["extra"]["starts"]
+    )
+    assert (begun, in_step) == (0, 3)
+    # The first epoch's end is saved while the run goes on, as far as the signal lets it.
+    assert STEPS_PER_EPOCH <= in_save < 2 * STEPS_PER_EPOCH
+    assert in_probe == 2 * STEPS_PER_EPOCH, "the second epoch's probe is left for the next start"
 
 
 def test_a_probe_that_gave_way_leaves_no_scores(chain: Chain) -> None:
