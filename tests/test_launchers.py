@@ -146,8 +146,8 @@ def test_ranks_under_deepspeed_get_what_the_file_says(file: Path, monkeypatch: p
 )
 def test_deepspeed_on_processors(name: str, words: str, dataset: Path, tmp_path: Path) -> None:
     run_dir, precision = tmp_path / "run", "bf16" if "bf16" in words else "no"
-    # BatchNorm over a few pictures as smooth as these has no variance left in bf16.
-    more = ("--epochs", "1", "--probe.no-enabled", "--launch.ranks", "2", "--encoder.norm", "group")
+    # Of maps of a single pixel torch's convolution gives wrong gradients on CPUs in bf16.
+    more = ("--epochs", "1", "--probe.no-enabled", "--launch.ranks", "2", "--data.image-size", "64")
     arguments = options(dataset, run_dir, *more)
     (found,) = outputs([
         *ACCELERATE, "--config_file", str(ROOT / "launch_configs" / f"{name}.yaml"), "--num_processes", "2",
