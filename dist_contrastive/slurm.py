@@ -6,10 +6,7 @@ their meaning: srun(1), "OUTPUT ENVIRONMENT VARIABLES".
 
 import os
 import re
-import socket
 from collections.abc import MutableMapping
-
-from dist_contrastive.config import UserError
 
 FIRST_PORT, NUM_PORTS = 20000, 12000
 """Where the ranks meet: below the ports that Linux gives to outgoing connections (from 32768)."""
@@ -19,8 +16,7 @@ def adopt_slurm(environ: MutableMapping[str, str] = os.environ) -> None:
     """In a step of several tasks set RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
     Nothing is changed where a launcher has set RANK, in a step of one task (a shell, a launcher that is yet to start its
-    ranks), and outside of a step. A MASTER_ADDR or MASTER_PORT that is there stays. `UserError` on rank 0 where the port
-    is in use.
+    ranks), and outside of a step. A MASTER_ADDR or MASTER_PORT that is there stays.
     """
     step_id, num_tasks = environ.get("SLURM_STEP_ID"), int(environ.get("SLURM_STEP_NUM_TASKS", 1))
     if step_id is None or "SLURM_PROCID" not in environ or "RANK" in environ or num_tasks < 2:
@@ -33,8 +29,6 @@ def adopt_slurm(environ: MutableMapping[str, str] = os.environ) -> None:
     )
     environ.setdefault("MASTER_ADDR", first_host(environ["SLURM_STEP_NODELIST"]))
     environ.setdefault("MASTER_PORT", str(step_port(int(environ["SLURM_JOB_ID"]), int(step_id))))
-    if environ["RANK"] == "0":
-        _require_free(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]))
 
 
 def first_host(nodelist: str) -> str:
@@ -53,14 +47,3 @@ def tasks_per_node(counts: str) -> list[int]:
 def step_port(job: int, step: int) -> int:
     """The port at which a step's ranks meet: the same on all of them, and another one for jobs and steps beside it."""
     return FIRST_PORT + (31 * job + step) % NUM_PORTS
-
-
-def _require_free(host: str, port: int) -> None:
-    """`UserError` where something listens on the port of this host already: the ranks would meet that, or nobody."""
-    try:
-        socket.create_server(("", port)).close()
-    except OSError as error:
-        raise UserError(
-            f"port {port} of {host}, where the ranks are to meet, can't be opened ({error.strerror}); set MASTER_PORT to one "
-            "that is free: sbatch --export=ALL,MASTER_PORT=…"
-        ) from error

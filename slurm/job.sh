@@ -49,12 +49,9 @@ wait_for() {
 }
 
 # run_ranks COMMAND…: once for each of the job's tasks, with a log for each. A rank that ends lets the others a minute to end
-# by themselves: they have something to say, or a checkpoint to finish. Until the trainer handles the signals they are
-# ignored: a rank that one of them ends while it starts would look like one that failed.
+# by themselves: they have something to say, or a checkpoint to finish.
 run_ranks() {
-    # shellcheck disable=SC2016 # for the rank's shell
-    srun --kill-on-bad-exit=0 --wait=60 --open-mode=append --output="$LOG.rank-%t.log" \
-        bash -c 'trap "" USR1 TERM; exec "$@"' rank "$@" &
+    srun --kill-on-bad-exit=0 --wait=60 --open-mode=append --output="$LOG.rank-%t.log" "$@" &
     wait_for $!
 }
 
@@ -79,7 +76,7 @@ staged() {
     printf '%s\n' "$paths"
 }
 
-# status_of RUN: 0 where the run is done, 75 where it was stopped, and something else otherwise.
+# status_of RUN: a line on what became of the run; status 0 where it is done, 75 where it was stopped, another one otherwise.
 status_of() (
     trap '' USR1 TERM
     exec "$PYTHON" -m dist_contrastive.status "$1"
@@ -153,7 +150,7 @@ PYTHON
 # job ends with 0 once the run is done, is requeued where it was stopped, and ends with an error otherwise.
 pretrain() {
     [[ $# -gt 0 && $1 != -* ]] || die "give a recipe and its options: … slurm/pretrain.sbatch RECIPE [--field.name VALUE …]"
-    local recipe=$1 plan run data status=0
+    local recipe=$1 plan run data found status=0 ranks=0
     shift
     set -- "$recipe" --run-dir "runs/$recipe-$JOB" "$@"
     plan=$(read_command "$@") || exit
@@ -167,18 +164,21 @@ pretrain() {
         2) exit 2 ;;
         *) requeue "the copy of the dataset was interrupted" ;;
     esac
-    # srun's own status tells little: it is 0 after a node's death, too.
-    run_ranks "$PYTHON" -m dist_contrastive.train "$@" --data.path "$data" || true
-    status_of "$run" || status=$?
+    run_ranks "$PYTHON" -m dist_contrastive.train "$@" --data.path "$data" || ranks=$?
+    # What counts is what the run's folder says: srun's status is 0 after a node's death, too.
+    found=$(status_of "$run") || status=$?
+    printf '%s\n' "$found"
     case $status in
-        0) say "done" ;;
+        0) say "done" && return ;;
         75) requeue "stopped" ;;
-        *)
-            # Slurm would requeue the job for a node that is gone, but may take minutes to see it, and the job has ended then.
-            timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-                --output=none true || requeue "a node does not answer"
-            say "failed; see $LOG.rank-*.log"
-            exit 1
-            ;;
     esac
+    # Ranks that a signal ends before they have begun leave nothing in the folder: 75, or 128 and the number of USR1 or TERM.
+    if [[ $ranks =~ ^(75|138|143)$ && $found != "$run: failed"* ]]; then
+        requeue "stopped before the first step"
+    fi
+    # Slurm would requeue the job for a node that is gone, but may take minutes to see it, and the job has ended then.
+    timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+        --output=none true || requeue "a node does not answer"
+    say "failed; see $LOG.rank-*.log"
+    exit 1
 }

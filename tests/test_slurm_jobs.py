@@ -293,6 +293,17 @@ def test_a_run_that_stops_again_and_again_is_given_up(place: Place) -> None:
     assert "gives up: it was requeued 2 times and got no further than step 91" in place.log(f"moves-{moves}")
 
 
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_a_signal_to_ranks_that_have_not_begun_is_no_failure(name: str, place: Place) -> None:
+    train = "if [[ $SLURM_RESTART_COUNT ]]; then exit 0; fi; echo here; exec sleep 600"
+    status = "$((SLURM_RESTART_COUNT ? 0 : 1))"
+    job = submit_stand_in(place, f"early-{name}", train=train, status=status)
+    place.cluster.wait(lambda: "here" in place.log(f"early-{name}-{job}.rank-0"), "the job to run")
+    assert place.cluster.run("scancel", f"--signal={name}", job).returncode == 0
+    place.ended(job, "COMPLETED", restarts=1)
+    assert "stopped before the first step; requeued" in place.log(f"early-{name}-{job}")
+
+
 def test_a_job_that_is_cancelled_stays_so(place: Place) -> None:
     waits = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print('here', flush=True); time.sleep(600)"
     job = submit_stand_in(place, "cancelled", train=f'{sys.executable} -c "{waits}"', status=75)
@@ -339,4 +350,4 @@ def test_a_port_in_use_is_told_in_one_line(place: Place, dataset: Path) -> None:
         )  # fmt: skip
     assert refused.returncode != 0
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
-    assert f"port {port} of {NODES[0]}, where the ranks are to meet, can't be opened" in line
+    assert f"port {port} (MASTER_PORT) of {NODES[0]} is taken" in line
