@@ -1,6 +1,7 @@
 """Ranks that find one another: who is missing is named, a port that is taken too, and cores are divided once."""
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -180,7 +181,8 @@ print(float(total), *(peer.gpu for peer in rendezvous.peers()))
 
 def test_what_an_earlier_attempt_left_in_the_launchers_store_is_not_read() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for name, value in {"token": "old", "old/0": "{}", "old/1": "{}", "old/all": "[{}, {}]"}.items():
+    old = json.dumps({"id": "of a rank that is gone", "host": "here", "machine": "", "cpus": "0", "gpu": ""})
+    for name, value in {"token": "old", "old/0": old, "old/1": old, "old/all": f"[{old}, {old}]"}.items():
         store.set(name, value)
     for _ in range(2):
         environments = [{**os.environ, **variables(rank, 2, store.port)} for rank in range(2)]
