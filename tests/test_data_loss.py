@@ -19,10 +19,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(run_dir: Path) -> dict[str, bytes]:
+    """All files but the lock and what tells how the last launch ended."""
     return {
         str(path.relative_to(run_dir)): path.read_bytes()
         for path in run_dir.rglob("*")
-        if path.is_file() and path.name != ".lock"
+        if path.is_file() and path.name not in (".lock", "status.json")
     }
 
 
