@@ -252,6 +252,7 @@ def chain(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         launched.clear()
 
 
+@pytest.mark.timeout(900)  # five launches, the undisturbed run's among them
 @pytest.mark.parametrize(
     "stops",
     [
