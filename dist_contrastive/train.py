@@ -17,6 +17,7 @@ ranks are those that were launched; --ranks N and --device cuda plan for N GPUs 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         distributed.shut_down()
         raise
     distributed.shut_down()
-    if not finished:
+    # A launcher that restarts its ranks takes any status but 0 for a failure, and would not let a run stop.
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if not finished and not restarts:
         sys.exit(cli.EXIT_STOPPED)
 
 

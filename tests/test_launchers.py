@@ -2,6 +2,7 @@
 launcher that starts its ranks again after one died ends in the same weights."""
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -241,6 +242,14 @@ def test_a_rank_that_is_killed_is_started_again_and_the_run_is_the_same(
     assert f"goes on after step {STEPS_PER_EPOCH} of" in output
     assert_same_state(newest_checkpoint(run_dir), newest_checkpoint(undisturbed))
     assert metrics_of(run_dir) == metrics_of(undisturbed)
+
+
+def test_a_run_that_is_to_stop_is_not_started_again(dataset: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    words = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "-m", "dist_contrastive.train"]
+    (output,) = outputs([*words, *options(dataset, run_dir, "--probe.no-enabled", "--stop-after-steps", "3")])
+    assert output.count("stopped after step 3") == 1
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "stopped"
 
 
 @pytest.mark.parametrize(
