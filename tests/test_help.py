@@ -33,8 +33,13 @@ def entry_point(module: Any, config: type) -> EntryPoint:
     return EntryPoint(module.main, config, lambda argv: cli.parse(config, argv))
 
 
+def parse_train(argv: list[str]) -> Any:
+    arguments, _ = train.take_dry_run(argv)
+    return train.parse(arguments)
+
+
 ENTRY_POINTS = {
-    "dist_contrastive.train": EntryPoint(train.main, train.TrainConfig, train.parse),
+    "dist_contrastive.train": EntryPoint(train.main, train.TrainConfig, parse_train),
     "dist_contrastive.pack": entry_point(pack, pack.PackConfig),
     "dist_contrastive.probe": entry_point(probe, probe.ProbeCommand),
     "benchmarks.large_batch": entry_point(large_batch, large_batch.Command),
