@@ -136,12 +136,15 @@ class Cluster:
         self.wait((folder / "socket").exists, "munge's socket")
 
     def _start(self, name: str, *command: str) -> None:
-        """Start a daemon in a mount namespace of its own."""
+        """Start a daemon in a mount namespace of its own; it ends with this process, however that ends."""
         local = self.disk(name) if name in NODES else self.local
         script = 'mount --bind "$0" /etc/hosts && mount --bind "$1" "$2" && shift 2 && exec "$@"'
         with open(self.folder / f"{name}.out", "ab") as output:
             self._processes[name] = subprocess.Popen(
-                ["unshare", "--mount", "bash", "-c", script, str(self.folder / "hosts"), str(local), str(self.local), *command],
+                [
+                    "setpriv", "--pdeathsig", "KILL", "unshare", "--mount",
+                    "bash", "-c", script, str(self.folder / "hosts"), str(local), str(self.local), *command,
+                ],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
                 env={**self.environment, "PATH": f"{os.environ['PATH']}:/usr/sbin"},
             )  # fmt: skip
