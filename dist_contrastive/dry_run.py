@@ -9,7 +9,7 @@ import os
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 from dist_contrastive import distributed, liveness, preflight, rendezvous
 from dist_contrastive.batch import Share, steps_per_epoch
@@ -44,10 +44,8 @@ class Plan:
             print(f"  {name.ljust(width)}  {text}", flush=True)
 
 
-def dry_run(config: TrainConfig, ranks: int | None) -> Literal[True]:
+def dry_run(config: TrainConfig, ranks: int | None) -> None:
     """Print the plan of `config` on so many CUDA ranks, or on those that were launched (None); all of these call it.
-
-    True: it came to its end.
 
     `UserError` where the run can't be carried out.
     """
@@ -60,7 +58,6 @@ def dry_run(config: TrainConfig, ranks: int | None) -> Literal[True]:
             "--dry-run with --ranks or --device simulates in one process: start it with python -m, without a launcher",
         )
         _plan_of(config, ranks).show()
-    return True
 
 
 def _plan_here(config: TrainConfig) -> None:

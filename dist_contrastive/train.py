@@ -77,11 +77,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not dry:
         preflight.check(config)
 
-    from dist_contrastive.dry_run import dry_run
-    from dist_contrastive.run import train
-
+    finished = True
     try:
-        finished = dry_run(config, dry.ranks) if dry else train(config)
+        if dry:
+            from dist_contrastive.dry_run import dry_run
+
+            dry_run(config, dry.ranks)
+        else:
+            from dist_contrastive.run import train
+
+            finished = train(config)
     except (UserError, KeyboardInterrupt):
         distributed.shut_down()
         raise

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,15 +57,13 @@ class Replicas(ABC):
         What it leaves at leaves is scaled, too, and flows on through `torch.autograd.backward` as it is.
         """
 
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
+    @abstractmethod
+    def collecting(self) -> AbstractContextManager[None]:
         """Within the context backward passes add to this rank's own gradient; its end averages it over ranks.
 
         A context that is left by an exception averages nothing, so either all ranks leave it so or none. After
         `discard` there is nothing to average.
         """
-        raise NotImplementedError
-        yield
 
     @abstractmethod
     def discard(self) -> None:
