@@ -187,10 +187,11 @@ class Trainer:
         bad_ranks = [rank for rank in range(ranks) if numbers[len(names) + 1 + rank] > 0]
         if bad_ranks:
             raise NonFiniteError(self._diverged(f"the loss is not finite on rank(s) {bad_ranks}"))
-        scale = self.replicas.loss_scale
-        # Under fp16 an overflow is routine as long as the scaler can still go lower: it skips the update by itself.
-        if not math.isfinite(norm) and (scale is None or scale < SMALLEST_LOSS_SCALE):
-            raise NonFiniteError(self._diverged("the gradient is not finite"))
+        if not math.isfinite(norm):
+            scale = self.replicas.loss_scale
+            # Under fp16 an overflow is routine as long as the scaler can still go lower: it skips the update by itself.
+            if scale is None or scale < SMALLEST_LOSS_SCALE:
+                raise NonFiniteError(self._diverged("the gradient is not finite"))
         return {**dict(zip(names, numbers, strict=False)), "grad_norm": norm}
 
     def _diverged(self, what: str) -> str:

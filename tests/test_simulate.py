@@ -480,7 +480,7 @@ EVERYWHERE: dict[Wait, str] = {
     ): "steps that are logged: the solver reports whether it converged",
 }
 OF_FP16: dict[Wait, str] = {
-    ("item", "trainer.py", "update"): "the loss scaler leaves an update out whose gradient overflowed",
+    ("item", "step/replicas.py", "update"): "the loss scaler leaves an update out whose gradient overflowed",
 }
 OF_RECIPES: dict[str, dict[Wait, str]] = {}
 """Of one recipe alone."""

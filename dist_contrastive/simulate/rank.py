@@ -37,18 +37,19 @@ def simulate_here(
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     watch, memory = Watch("cuda"), TensorCount("cuda")
-    with fake_cuda(ranks, watch.sync), memory, watch:
-        accelerator = connect(config)
-        trainer = Trainer(config, accelerator, steps_per_epoch=100, dataset_sha256="")
-        if size == "auto":
-            trainer.gradient.micro = _predicted_micro(trainer, config.batch.size // ranks)
-            memory.peak = memory.live
-        embedding_bytes = _note_embeddings(trainer)
-        batch = _batch(config, config.batch.size // ranks, logged)
-        for _ in range(UPDATES):
-            watch.clear()
-            trainer.update(batch)
-        held, peak = memory.live, memory.peak
+    with fake_cuda(ranks, watch.sync), memory:
+        with watch:
+            accelerator = connect(config)
+            trainer = Trainer(config, accelerator, steps_per_epoch=100, dataset_sha256="")
+            if size == "auto":
+                trainer.gradient.micro = _predicted_micro(trainer, config.batch.size // ranks)
+                memory.peak = memory.live
+            embedding_bytes = _note_embeddings(trainer)
+            batch = _batch(config, config.batch.size // ranks, logged)
+            for _ in range(UPDATES):
+                watch.clear()
+                trainer.update(batch)
+        held, peak = memory.live, memory.peak  # what a checkpoint takes is no part of a step
         model = [*trainer.method.parameters(), *trainer.method.buffers()]
         saved = [*trainer.method.state_dict().values(), *trainer.replicas.state().tensors.values()]
     AcceleratorState._reset_state(reset_partial_state=True)
