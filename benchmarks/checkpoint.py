@@ -192,13 +192,13 @@ def size_of_state(folder: Path) -> dict[str, float]:
     optimizer.step()
     optimizer.zero_grad()
     store = CheckpointStore(folder / "size", keep=2)
-    saver = Saver(store, lambda: "", TIMEOUT_S)
+    saver = Saver(store, lambda: "")
     result: dict[str, float] = {}
     for step in (1, 2):  # the first one makes the buffers
         moments, rest = optimizer_tensors(optimizer)
         with Peak() as peak:
             began = time.monotonic()
-            saver.save(step, {"optimizer": rest}, {"model": module.state_dict(), "optimizer": moments}, {})
+            saver.save(step, {"optimizer": rest}, {"model": module.state_dict(), "optimizer": moments})
             copied = time.monotonic()
             saver.settle()
         times = "first" if step == 1 else "later"

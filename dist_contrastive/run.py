@@ -217,7 +217,7 @@ class Run:
 
         newest = distributed.together(find)
         step = distributed.broadcast_object(newest.step if newest else None)
-        return None if step is None else distributed.together(lambda: newest or store.load(step, distributed.rank()))
+        return None if step is None else distributed.together(lambda: newest or store.load(step))
 
     def _start_from(self, has_checkpoint: bool, start: Literal["fresh", "resume"]) -> list[str]:
         """Take over the weights that `--from` names, unless a checkpoint has what became of them; what there is to say of it."""

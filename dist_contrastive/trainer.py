@@ -90,8 +90,7 @@ class Trainer:
             fewest=fewest,
         )
         self.store = CheckpointStore(config.run_dir / "checkpoints", config.checkpoint.keep)
-        # A rank that waits for rank 0, which waits for files, must not be taken for a collective's time-out.
-        self.saver = Saver(self.store, self.goes_on, timeout_s=60 * config.launch.timeout_minutes / 2)
+        self.saver = Saver(self.store, self.goes_on)
 
     @property
     def epoch(self) -> int:
@@ -224,7 +223,7 @@ class Trainer:
             "scaler": optimizer.scaler,
             "extra": extra,
         }
-        self.saver.save(self.step, state, {"model": self.method.state_dict(), "optimizer": optimizer.tensors}, {})
+        self.saver.save(self.step, state, {"model": self.method.state_dict(), "optimizer": optimizer.tensors})
 
     def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Take over a checkpoint's state; returns its `extra`. All ranks call it with the same checkpoint.

@@ -1,6 +1,5 @@
-"""Saving while the run goes on: the state at the call, one after the other, whole from all ranks or not at all."""
+"""Saving while the run goes on: the state at the call, one after the other, whole or not at all."""
 
-import json
 import resource
 import threading
 import time
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_contrastive import distributed
-from dist_contrastive.checkpoint import CheckpointStore, Saver, Tensors, shard_name
+from dist_contrastive.checkpoint import CheckpointStore, Saver, Tensors
 from dist_contrastive.config import UserError
 from tests.harness import RankError, run_ranks
 
@@ -39,8 +38,8 @@ class SlowStore(CheckpointStore):
         return sums
 
 
-def saver_of(store: CheckpointStore, timeout_s: float = TIMEOUT_S) -> Saver:
-    return Saver(store, lambda: "it goes on", timeout_s)
+def saver_of(store: CheckpointStore) -> Saver:
+    return Saver(store, lambda: "it goes on")
 
 
 def state_at(step: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -60,7 +59,7 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path) -> None:
     saver = saver_of(store)
     store.disk.clear()
     state, tensors = state_at(1)
-    saver.save(1, state, {"model": tensors}, {})
+    saver.save(1, state, {"model": tensors})
     assert store.steps() == []  # it returned before anything was written
     state["list"].append("later")
     for tensor in tensors.values():
@@ -77,7 +76,7 @@ def test_one_after_the_other_and_at_most_one_at_once(tmp_path: Path) -> None:
         state, tensors = state_at(step)
         store.disk.clear()
         threading.Timer(0.05, store.disk.set).start()
-        saver.save(step, state, {"model": tensors}, {})
+        saver.save(step, state, {"model": tensors})
         assert store.steps() == list(range(1, step))
     saver.settle()
     saver.settle()  # which has nothing to wait for
@@ -90,7 +89,7 @@ def test_a_buffer_takes_another_shape(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep=9)
     saver = saver_of(store)
     for step, tensor in enumerate([torch.ones(3), torch.ones(4), torch.ones(4).half()], 1):
-        saver.save(step, {}, {"model": {"a": tensor}}, {})
+        saver.save(step, {}, {"model": {"a": tensor}})
         saver.settle()
         found = store.load(step).tensors["model"]["a"]
         assert (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
@@ -105,7 +104,7 @@ def test_what_is_saved_from_a_gpu_is_the_state_at_the_call(tmp_path: Path) -> No
         state, tensors = state_at(step)
         on_gpu = {name: tensor.cuda() for name, tensor in tensors.items()}
         store.disk.clear()
-        saver.save(step, state, {"model": on_gpu}, {})
+        saver.save(step, state, {"model": on_gpu})
         for tensor in on_gpu.values():
             tensor.zero_()
         store.disk.set()
@@ -113,65 +112,33 @@ def test_what_is_saved_from_a_gpu_is_the_state_at_the_call(tmp_path: Path) -> No
         assert_holds(store, step)
 
 
-# --- shards -----------------------------------------------------------------------------------------------------------
+# --- several ranks ----------------------------------------------------------------------------------------------------
 
 
-def shard_of(rank: int, step: int) -> Tensors:
-    return {"moment": torch.full((4,), 100.0 * step + rank), "step": torch.tensor(step)}
-
-
-def save_shards(rank: int, root: Path, steps: list[int]) -> list[float]:
-    """Save each step; what this rank reads back of its shard of the last one."""
-    store = CheckpointStore(root, keep=2)
-    saver = saver_of(store)
-    for step in steps:
-        state, tensors = state_at(step)
-        saver.save(step, state, {"model": tensors}, {"optimizer": shard_of(rank, step)})
-    saver.settle()
-    found = store.load(steps[-1], rank)
-    assert found.tensors.keys() == {"model", shard_name("optimizer", rank)}
-    return found.tensors[shard_name("optimizer", rank)]["moment"].tolist()
-
-
-def test_each_rank_writes_and_reads_its_own_shard(tmp_path: Path) -> None:
-    assert run_ranks(save_shards, 3, tmp_path, [1, 2, 3]) == [[300.0 + rank] * 4 for rank in range(3)]
-    store = CheckpointStore(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
-    files = {"model", *(shard_name("optimizer", rank) for rank in range(3))}
-    assert store.load(3).tensors.keys() == files
-    listed = set(json.loads((store.path(3) / "manifest.json").read_text())["sha256"])
-    assert listed == {f"{name}.safetensors" for name in files} | {"state.json"}
-    assert {path.name for path in store.path(3).iterdir()} == listed | {"manifest.json"}
-
-
-@pytest.mark.parametrize("harm", ["altered", "missing"])
-def test_a_bad_shard_of_any_rank_and_the_one_before_is_used(tmp_path: Path, harm: str) -> None:
-    run_ranks(save_shards, 2, tmp_path, [1, 2])
-    store = CheckpointStore(tmp_path, keep=2)
-    path = store.path(2) / "optimizer-rank-00001.safetensors"
-    content = path.read_bytes()
-    path.unlink()
-    if harm == "altered":
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.warns(UserWarning, match=r"skipping a bad checkpoint: .*optimizer-rank-00001"):
-        found = store.newest()
-    assert found is not None
-    assert found.step == 1
-
-
-def save_with_a_failure(rank: int, root: Path, failing: int) -> tuple[str, bool]:
-    """The error of the second save, whose part rank `failing` can't write, and whether this rank knew before the others."""
-    store = CheckpointStore(root, keep=2)
-    saver = saver_of(store)
+def save_where_ranks_differ(rank: int, root: Path) -> None:
+    saver = saver_of(CheckpointStore(root, keep=2))
     for step in (1, 2):
-        state, tensors = state_at(step)
-        shard = {"moment": torch.ones(5000)}
-        if step == 2 and rank == failing:
-            saver.settle()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-        saver.save(step, state, {"model": tensors}, {"optimizer": shard})
-    if rank == failing:
-        saver.wait()
+        state, tensors = state_at(step if rank == 0 else 100 * step)
+        saver.save(step, state, {"model": tensors})
+    saver.settle()
+
+
+def test_rank_0s_state_is_saved(tmp_path: Path) -> None:
+    run_ranks(save_where_ranks_differ, 3, tmp_path)
+    store = CheckpointStore(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+    for step in (1, 2):
+        assert_holds(store, step)
+
+
+def save_on_a_full_disk(rank: int, root: Path) -> tuple[str, bool]:
+    """The error of the second save, which rank 0 can't write, and whether this rank knew before the others."""
+    saver = saver_of(CheckpointStore(root, keep=2))
+    saver.save(1, {}, {"model": {"weight": torch.ones(5000)}})
+    saver.settle()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    saver.save(2, {}, {"model": {"weight": torch.ones(5000)}})
+    saver.wait()
     knew = saver.has_failed
     try:
         saver.settle()
@@ -180,34 +147,11 @@ def save_with_a_failure(rank: int, root: Path, failing: int) -> tuple[str, bool]
     return "", knew
 
 
-@pytest.mark.parametrize("failing", [0, 1, 2])
-def test_a_disk_that_is_full_on_any_rank_stops_all_with_the_same_line(tmp_path: Path, failing: int) -> None:
-    outcomes = run_ranks(save_with_a_failure, 3, tmp_path, failing)
+def test_a_full_disk_stops_all_ranks_with_the_same_line(tmp_path: Path) -> None:
+    outcomes = run_ranks(save_on_a_full_disk, 3, tmp_path)
     line = f"{tmp_path}/step-00000002, the checkpoint of step 2, can't be written (File too large); make room, then it goes on"
-    assert [message for message, _ in outcomes] == [line] * 3
-    assert [knew for _, knew in outcomes] == [rank == failing for rank in range(3)]
+    assert outcomes == [(line, rank == 0) for rank in range(3)]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-
-
-def save_beside_a_silent_rank(rank: int, root: Path) -> str:
-    store = SlowStore(root)
-    if rank == 1:
-        store.disk.clear()
-        threading.Timer(3.0, store.disk.set).start()
-    saver = saver_of(store, timeout_s=0.5)
-    saver.save(1, {}, {}, {"optimizer": shard_of(rank, 1)})
-    try:
-        saver.settle()
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def test_rank_0_does_not_wait_for_ever_for_the_others_files(tmp_path: Path) -> None:
-    for message in run_ranks(save_beside_a_silent_rank, 2, tmp_path):
-        assert "lacks the files of rank(s) [1] after" in message
-        assert "is it on one disk for all hosts?" in message
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -221,7 +165,7 @@ def save_where_the_thread_breaks(rank: int, root: Path) -> None:
 
     store.commit = broken  # type: ignore[method-assign,assignment]
     saver = saver_of(store)
-    saver.save(1, {}, {}, {})
+    saver.save(1, {}, {})
     saver.settle()
 
 
@@ -234,14 +178,14 @@ def test_the_next_save_raises_what_the_last_one_met(tmp_path: Path) -> None:
     store = SlowStore(tmp_path / "checkpoints")
     saver = saver_of(store)
     store.disk.clear()
-    saver.save(1, {}, {}, {})
+    saver.save(1, {}, {})
     (folder,) = store.root.iterdir()
     folder.rename(tmp_path / "elsewhere")
     store.disk.set()
     with pytest.raises(UserError, match=r"can't be written \(No such file or directory\); mend that, then it goes on"):
-        saver.save(2, {}, {}, {})
+        saver.save(2, {}, {})
     assert not saver.has_failed
-    saver.save(2, {}, {}, {})
+    saver.save(2, {}, {})
     saver.settle()
     assert store.steps() == [2]
 
@@ -249,7 +193,7 @@ def test_the_next_save_raises_what_the_last_one_met(tmp_path: Path) -> None:
 def test_a_checkpoint_makes_no_runs_folder_in_place_of_one_that_is_gone(tmp_path: Path) -> None:
     saver = saver_of(CheckpointStore(tmp_path / "gone" / "checkpoints", keep=2))
     with pytest.raises(UserError, match=r"can't be written \(No such file or directory\)"):
-        saver.save(1, {}, {}, {})
+        saver.save(1, {}, {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -258,7 +202,7 @@ def wait_and_return(rank: int, root: Path) -> float:
     store = SlowStore(root)
     saver = saver_of(store)
     store.disk.clear()
-    saver.save(1, {}, {}, {})
+    saver.save(1, {}, {})
     began = time.monotonic()
     saver.wait(0.2)
     took = time.monotonic() - began

@@ -29,8 +29,8 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 TEMPORARY = ".incomplete-"
 ASIDE = "set-aside-"
-OF_TENSORS = re.compile(r"[a-z]+(-rank-(?P<rank>\d{5,}))?\.safetensors")
-"""The names of files of tensors; a rank's shard has its number."""
+OF_TENSORS = re.compile(r"[a-z]+\.safetensors")
+"""The names of files of tensors."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ class CheckpointStore:
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         self.path(step).rename(next(free for free in map(self.root.joinpath, names) if not free.exists()))
 
-    def load(self, step: int, rank: int | None = None) -> Checkpoint:
-        """The checkpoint of `step`, verified; with `rank`, without the shards of other ranks.
+    def load(self, step: int) -> Checkpoint:
+        """The checkpoint of `step`, verified.
 
         Raises `Damaged` where it is incomplete or its bytes were altered, another `UserError` where it is missing, of another
         format, or where the disk does not give its bytes now.
@@ -152,7 +152,7 @@ class CheckpointStore:
         steps = self.steps()
         require(step in steps, f"{self.root} has no checkpoint of step {step}; it has {steps or 'none'}")
         sums = _sums(path, step)
-        names = [name for name in sums if name != STATE and (rank is None or _rank_of(name) in (None, rank))]
+        names = [name for name in sums if name != STATE]
         with ThreadPoolExecutor() as pool:
             found_sums = dict(zip(names, pool.map(_sha256, [path / name for name in names]), strict=True))
         state = _read(path / STATE)
@@ -207,17 +207,6 @@ class CheckpointStore:
             )
         self._skipped = list(failed)
         return found
-
-
-def shard_name(group: str, rank: int) -> str:
-    """The name, without ending, of the file that holds a rank's shard of `group`."""
-    return f"{group}-rank-{rank:05d}"
-
-
-def _rank_of(name: str) -> int | None:
-    """Whose shard the file of tensors holds; None where it is no shard."""
-    found = OF_TENSORS.fullmatch(name)
-    return int(found["rank"]) if found and found["rank"] else None
 
 
 def _sums(path: Path, step: int) -> dict[str, str]:
