@@ -150,7 +150,7 @@ PYTHON
 # job ends with 0 once the run is done, is requeued where it was stopped, and ends with an error otherwise.
 pretrain() {
     [[ $# -gt 0 && $1 != -* ]] || die "give a recipe and its options: … slurm/pretrain.sbatch RECIPE [--field.name VALUE …]"
-    local recipe=$1 plan run data found status=0 ranks=0
+    local recipe=$1 plan run data before found status=0 ranks=0
     shift
     set -- "$recipe" --run-dir "runs/$recipe-$JOB" "$@"
     plan=$(read_command "$@") || exit
@@ -164,10 +164,14 @@ pretrain() {
         2) exit 2 ;;
         *) requeue "the copy of the dataset was interrupted" ;;
     esac
+    before=$(status_of "$run" 2>/dev/null) || true
     run_ranks "$PYTHON" -m dist_contrastive.train "$@" --data.path "$data" || ranks=$?
     # What counts is what the run's folder says: srun's status is 0 after a node's death, too.
     found=$(status_of "$run") || status=$?
     printf '%s\n' "$found"
+    if [[ $status != 0 && $found == "$before" ]]; then # of an earlier launch: this one's ranks did not get so far
+        status=1 found=
+    fi
     case $status in
         0) say "done" && return ;;
         75) requeue "stopped" ;;

@@ -1,11 +1,14 @@
 """Tiny runs for tests: a packed dataset of small pictures, a config over it, and what a run left behind."""
 
+import contextlib
+import io
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from dist_contrastive import cli
 from dist_contrastive.checkpoint import Checkpoint, CheckpointStore
 from dist_contrastive.config import (
     AugmentConfig,
@@ -17,6 +20,7 @@ from dist_contrastive.config import (
     OptimConfig,
     ProbeConfig,
     TrainConfig,
+    UserError,
 )  # fmt: skip
 from dist_contrastive.methods.simclr import SimCLRConfig
 from dist_contrastive.metrics import read_metrics
@@ -56,6 +60,46 @@ def tiny_config(run_dir: Path, dataset: Path, *, norm: str = "batch", **changes:
 def train_on_rank(rank: int, config: TrainConfig) -> bool:
     """`train(config)` for `harness.run_ranks`."""
     return train(config)
+
+
+class Outcome(NamedTuple):
+    """How a rank's run ended."""
+
+    status: int
+    """Its exit status."""
+    error: str
+    """The text of the user's error; empty without one."""
+    output: str
+    """What stood on stderr."""
+
+
+def outcome_on_rank(rank: int, config: TrainConfig) -> Outcome:
+    """`train(config)` as a command runs it, for `harness.run_ranks`."""
+    errors, output = [], io.StringIO()
+
+    def run() -> None:
+        try:
+            train(config)
+        except UserError as error:
+            errors.append(str(error))
+            raise
+
+    with contextlib.redirect_stderr(output):
+        status = cli.main_guard(run)
+    return Outcome(status, "".join(errors), output.getvalue())
+
+
+def assert_one_line(outcomes: list[Outcome], *words: str) -> None:
+    """All ranks were refused with one line that has all `words`, and rank 0 alone printed it."""
+    for status, error, output in outcomes:
+        assert status == 2
+        assert error
+        assert "\n" not in error
+        assert "Traceback" not in output
+        assert "Exception in thread" not in output
+        for word in words:
+            assert word in error
+    assert outcomes[0].output.count("error: ") == 1
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:

@@ -5,12 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from dist_contrastive import cli
 from dist_contrastive.checkpoint import CheckpointStore
-from dist_contrastive.config import AugmentConfig, CheckpointConfig, TrainConfig
-from dist_contrastive.run import train
+from dist_contrastive.config import AugmentConfig, CheckpointConfig
 from tests.harness import run_ranks
-from tests.runs import STEPS_PER_EPOCH, newest_checkpoint, tiny_config, train_on_rank, write_dataset
+from tests.runs import (
+    STEPS_PER_EPOCH,
+    assert_one_line,
+    newest_checkpoint,
+    outcome_on_rank,
+    tiny_config,
+    train_on_rank,
+    write_dataset,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -27,21 +33,6 @@ def contents(run_dir: Path) -> dict[str, bytes]:
     }
 
 
-def error_on_rank(rank: int, config: TrainConfig) -> str:
-    """What `train(config)` refuses the run with."""
-    errors: list[str] = []
-
-    def run() -> None:
-        try:
-            train(config)
-        except cli.UserError as error:
-            errors.append(str(error))
-            raise
-
-    assert cli.main_guard(run) == 2
-    return errors[0]
-
-
 def test_a_run_whose_checkpoints_are_all_bad_does_not_start_over(dataset: Path, tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "run", dataset, stop_after_steps=2 * STEPS_PER_EPOCH + 1)
     run_ranks(train_on_rank, 2, config)
@@ -51,10 +42,8 @@ def test_a_run_whose_checkpoints_are_all_bad_does_not_start_over(dataset: Path, 
     before = contents(config.run_dir)
     # Another value of a field that a resume may change: config.json would be written anew.
     again = replace(config, checkpoint=CheckpointConfig(keep=3))
-    for message in run_ranks(error_on_rank, 2, again):
-        for step in store.steps():
-            assert f"{store.path(step)} is incomplete" in message
-        assert "--overwrite" in message
+    incomplete = [f"{store.path(step)} is incomplete" for step in store.steps()]
+    assert_one_line(run_ranks(outcome_on_rank, 2, again), *incomplete, "--overwrite")
     assert contents(config.run_dir) == before
     run_ranks(train_on_rank, 2, replace(again, overwrite=True, stop_after_steps=1))
     assert newest_checkpoint(config.run_dir).step == 1
@@ -69,7 +58,7 @@ def test_overwrite_deletes_nothing_for_a_run_that_can_not_start(dataset: Path, t
         replace(config, encoder=replace(config.encoder, name="resnet19")),
         replace(config, init_from=tmp_path / "nowhere.safetensors"),
     ):
-        run_ranks(error_on_rank, 1, replace(mistake, overwrite=True))
+        assert_one_line(run_ranks(outcome_on_rank, 1, replace(mistake, overwrite=True)))
         assert contents(config.run_dir) == before
 
 

@@ -1,29 +1,24 @@
 """What may happen to the folder of a run under way, in real runs: the same state as without, or one clear line."""
 
-import contextlib
 import errno
 import fcntl
 import io
-import json
 import os
 import pickle
 import shutil
 import signal
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
-from dist_contrastive import cli, distributed, signals
-from dist_contrastive.checkpoint import Checkpoint, CheckpointStore, store, tensor_file
-from dist_contrastive.config import CheckpointConfig, TrainConfig, UserError
+from dist_contrastive import distributed, signals
+from dist_contrastive.checkpoint import CheckpointStore, store, tensor_file
+from dist_contrastive.config import CheckpointConfig, TrainConfig
 from dist_contrastive.metrics import read_metrics
 from dist_contrastive.run import train
 from dist_contrastive.run_folder import RunFolder
@@ -31,9 +26,12 @@ from dist_contrastive.trainer import Trainer
 from tests.harness import RankError, run_ranks
 from tests.runs import (
     STEPS_PER_EPOCH,
+    Outcome,
+    assert_one_line,
     assert_same_state,
     metrics_of,
     newest_checkpoint,
+    outcome_on_rank,
     tiny_config,
     train_on_rank,
     write_dataset,
@@ -66,9 +64,8 @@ def assert_as_undisturbed(config: TrainConfig, undisturbed: TrainConfig) -> None
     assert metrics_of(config.run_dir) == metrics_of(undisturbed.run_dir)
 
 
-def train_with_fault(rank: int, config: TrainConfig, step: int, fault: Fault, on_rank: int = 0) -> tuple[int, str, str]:
-    """Exit status, the error's text, and what stood on stderr, where `fault` comes to a rank after so many steps."""
-    errors, output = [], io.StringIO()
+def train_with_fault(rank: int, config: TrainConfig, step: int, fault: Fault, on_rank: int = 0) -> Outcome:
+    """What comes of a run in which `fault` comes to a rank after so many steps."""
     update = Trainer.update
 
     def disturbed(self: Trainer, *arguments: Any) -> Any:
@@ -77,28 +74,8 @@ def train_with_fault(rank: int, config: TrainConfig, step: int, fault: Fault, on
             fault(config)
         return result
 
-    def run() -> None:
-        try:
-            train(config)
-        except UserError as error:
-            errors.append(str(error))
-            raise
-
     Trainer.update = disturbed  # type: ignore[assignment, method-assign]
-    with contextlib.redirect_stderr(output):
-        status = cli.main_guard(run)
-    return status, "".join(errors), output.getvalue()
-
-
-def assert_one_line(outcomes: list[tuple[int, str, str]], *words: str) -> None:
-    for status, message, output in outcomes:
-        assert status == 2
-        assert "\n" not in message
-        assert "Traceback" not in output
-        assert "Exception in thread" not in output
-        for word in words:
-            assert word in message, message
-    assert outcomes[0][2].count("error: ") == 1
+    return outcome_on_rank(rank, config)
 
 
 # --- the disk, while a checkpoint is written in the background --------------------------------------------------------
@@ -188,7 +165,7 @@ def test_a_run_whose_checkpoints_are_deleted_makes_new_ones(
 ) -> None:
     config = tiny_config(tmp_path / "run", dataset, stop_after_steps=LAST_STEP)
     outcomes = run_ranks(train_with_fault, 2, config, STEPS_PER_EPOCH + 2, delete_checkpoints)
-    assert [status for status, _, _ in outcomes] == [0, 0]
+    assert [outcome.status for outcome in outcomes] == [0, 0]
     assert_as_undisturbed(config, undisturbed[2])
 
 
@@ -230,67 +207,6 @@ def test_after_a_kill_the_run_goes_on_from_its_last_checkpoint_bit_for_bit(
 # --- a checkpoint with other bytes ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def two_checkpoints(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> CheckpointStore:
-    config = tiny_config(tmp_path_factory.mktemp("two") / "run", dataset, stop_after_steps=STEPS_PER_EPOCH + 2)
-    run_ranks(train_on_rank, 1, config)
-    return CheckpointStore(config.run_dir / "checkpoints", keep=2)
-
-
-def newest_or_line(root: Path) -> Checkpoint | str:
-    """The checkpoint that is taken, after one line for each that is not; or the line with which none is."""
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found = CheckpointStore(root, keep=2).newest()
-    except UserError as error:
-        return str(error)
-    assert found is not None
-    assert ["\n" in str(warning.message) for warning in caught] == [False] * (found.step != max(found_steps(root)))
-    return found
-
-
-def found_steps(root: Path) -> list[int]:
-    return CheckpointStore(root, keep=2).steps()
-
-
-@pytest.mark.parametrize("harm", ["cut short", "a bit flipped"])
-def test_at_50_offsets_whatever_is_wrong_is_never_taken(two_checkpoints: CheckpointStore, harm: str) -> None:
-    root = two_checkpoints.root
-    older, newer = two_checkpoints.steps()
-    good = two_checkpoints.load(newer)
-    files = sorted(two_checkpoints.path(newer).iterdir())
-    assert [path.name for path in files] == [
-        "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"
-    ]  # fmt: skip
-    generator = np.random.default_rng(10)
-    num_older = 0
-    for number in range(50):
-        path = files[number % len(files)]
-        content = path.read_bytes()
-        # The first and the last byte of each file, and others.
-        offset = {0: 0, 1: len(content) - 1}.get(number // len(files), int(generator.integers(len(content))))
-        bit = 1 << int(generator.integers(8))
-        flipped = content[:offset] + bytes([content[offset] ^ bit]) + content[offset + 1 :]
-        path.write_bytes(content[:offset] if harm == "cut short" else flipped)
-        found = newest_or_line(root)
-        path.write_bytes(content)
-        where = f"{path.name}, {harm} at {offset}, bit {bit}"
-        if isinstance(found, str):
-            assert path.name == "manifest.json", where
-            assert "\n" not in found
-            assert "nothing was changed" in found
-        elif found.step == older:
-            num_older += 1
-        else:  # a byte of the manifest that nothing is read by: of a version, say
-            assert path.name == "manifest.json", where
-            assert found.state == good.state
-            for group, tensors in good.tensors.items():
-                for name, tensor in tensors.items():
-                    assert torch.equal(tensor, found.tensors[group][name]), where
-    assert num_older >= 37, "each of the other three files"
-
-
 def test_a_run_goes_on_from_the_one_before_bit_for_bit(
     dataset: Path, undisturbed: dict[int, TrainConfig], tmp_path: Path
 ) -> None:
@@ -315,26 +231,6 @@ def test_files_that_a_checkpoint_may_not_hold_are_never_opened(
     run_ranks(train_on_rank, 1, replace(config, stop_after_steps=LAST_STEP))
     assert_as_undisturbed(config, undisturbed[1])
     assert not (tmp_path / "sprung").exists()
-
-
-@pytest.mark.parametrize("name", ["pipe.pkl", "../../pipe.safetensors", "pipe.safetensors", "state.json"])
-def test_a_manifest_that_lists_what_no_run_writes_is_refused_unopened(
-    two_checkpoints: CheckpointStore, tmp_path: Path, name: str
-) -> None:
-    root = tmp_path / "run" / "checkpoints"
-    shutil.copytree(two_checkpoints.root, root)
-    store = CheckpointStore(root, keep=2)
-    older, newer = store.steps()
-    path = store.path(newer) / name
-    path.unlink(missing_ok=True)
-    os.mkfifo(path)
-    manifest = json.loads((store.path(newer) / "manifest.json").read_text())
-    manifest["sha256"][name] = "0" * 64
-    (store.path(newer) / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.warns(UserWarning, match="skipping a bad checkpoint"):
-        found = store.newest()
-    assert found is not None
-    assert found.step == older
 
 
 # --- logs and clocks --------------------------------------------------------------------------------------------------
@@ -368,7 +264,7 @@ def test_a_tensorboard_that_can_not_be_written_is_named(
     run_ranks(train_on_rank, 1, config)
     shutil.rmtree(config.run_dir / "tensorboard")
     harm(config.run_dir / "tensorboard")
-    outcomes = run_ranks(train_with_fault, 2, replace(config, stop_after_steps=2), 0, delete_run)
+    outcomes = run_ranks(outcome_on_rank, 2, replace(config, stop_after_steps=2))
     assert_one_line(outcomes, f"{config.run_dir}/tensorboard can't be written", "goes on from step 1")
 
 
@@ -402,11 +298,7 @@ def train_on_system(rank: int, config: TrainConfig, has_locks: bool) -> str:
     """The error of `train(config)`, empty where there is none."""
     if not has_locks:
         fcntl.flock = no_locks
-    try:
-        train(config)
-    except UserError as error:
-        return str(error)
-    return ""
+    return outcome_on_rank(rank, config).error
 
 
 def train_first(config: TrainConfig, has_locks: bool, results: Any) -> None:

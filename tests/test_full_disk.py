@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from dist_contrastive import cli
 from dist_contrastive.config import CheckpointConfig, ProbeConfig, TrainConfig, UserError
 from dist_contrastive.metrics import MetricsLog, read_metrics
-from dist_contrastive.run import train
 from tests.harness import run_ranks
 from tests.runs import (
     STEPS_PER_EPOCH,
+    Outcome,
+    assert_one_line,
     assert_same_state,
     metrics_of,
     newest_checkpoint,
+    outcome_on_rank,
     tiny_config,
     train_on_rank,
     write_dataset,
@@ -32,32 +33,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("data"))
 
 
-def train_in_little_room(rank: int, config: TrainConfig, num_bytes: int | None) -> tuple[int, str, str]:
-    """Exit status, the error's text, and what stood on stderr; no file of this process can grow beyond `num_bytes`."""
-    errors, output = [], io.StringIO()
-
-    def run() -> None:
-        try:
-            train(config)
-        except UserError as error:
-            errors.append(str(error))
-            raise
-
-    if num_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
-    with contextlib.redirect_stderr(output):
-        status = cli.main_guard(run)
-    return status, "".join(errors), output.getvalue()
-
-
-def assert_one_line(outcomes: list[tuple[int, str, str]], *words: str) -> None:
-    for status, message, output in outcomes:
-        assert status == 2
-        assert "Traceback" not in output
-        assert "Exception in thread" not in output
-        for word in words:
-            assert word in message
-    assert outcomes[0][2].count("error: ") == 1
+def train_in_little_room(rank: int, config: TrainConfig, num_bytes: int) -> Outcome:
+    """What comes of a run of which no file can grow beyond `num_bytes`."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    return outcome_on_rank(rank, config)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -107,7 +86,7 @@ def test_while_a_file_is_written(
     shutil.copytree(almost_done.run_dir, config.run_dir)
     full = config.run_dir / temporary
     full.symlink_to("/dev/full")
-    outcomes = run_ranks(train_in_little_room, num_ranks, config, None)
+    outcomes = run_ranks(outcome_on_rank, num_ranks, config)
     goes_on = f"make room, then the same command goes on from step {STEPS_PER_EPOCH}"
     assert_one_line(outcomes, f"{config.run_dir / name} can't be written (No space left on device); {goes_on}")
     assert not (config.run_dir / "DONE").exists()

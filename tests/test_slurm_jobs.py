@@ -249,21 +249,24 @@ STAND_IN = """#!/usr/bin/env bash
 case "$*" in
     *dist_contrastive.stage*) echo "$3" ;;
     *dist_contrastive.train*) {train} ;;
-    *dist_contrastive.status*) exit {status} ;;
+    *dist_contrastive.status*) echo "{says}"; exit {status} ;;
     *) printf '%s\\n' {run} some.beton ;;
 esac
 """
 
 
+NEWS = "as of $(date +%s.%N)"
+"""What `status` says of a run that this launch has changed."""
+
+
 def submit_stand_in(
-    place: Place, behaviour: str, *, train: str, status: int | str, sbatch: tuple[str, ...] = ()
+    place: Place, behaviour: str, *, train: str, status: int | str, says: str = NEWS, sbatch: tuple[str, ...] = ()
 ) -> str:
     """Submit a job whose ranks are a line of bash and whose run is then said to have that status."""
     python = place.folder / behaviour / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(
-        STAND_IN.format(behaviour=behaviour, train=train, status=status, run=place.folder / "runs" / behaviour)
-    )
+    run = place.folder / "runs" / behaviour
+    python.write_text(STAND_IN.format(behaviour=behaviour, train=train, status=status, says=says, run=run))
     python.chmod(0o755)
     site = f"{behaviour}.env"
     place.write_site(site, python.parents[1])
@@ -291,6 +294,12 @@ def test_a_run_that_stops_again_and_again_is_given_up(place: Place) -> None:
     assert "gives up: it was requeued 2 times and got no further than step 0" in place.log(f"still-{still}")
     place.ended(moves, "FAILED", restarts=4)
     assert "gives up: it was requeued 2 times and got no further than step 91" in place.log(f"moves-{moves}")
+
+
+def test_what_an_earlier_launch_has_left_is_not_what_became_of_this_one(place: Place) -> None:
+    job = submit_stand_in(place, "stale", train="exit 1", status=75, says="stopped as of yesterday")
+    place.ended(job, "FAILED", restarts=0)
+    assert "failed; see" in place.log(f"stale-{job}")
 
 
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
