@@ -8,10 +8,11 @@ Four questions, each on real runs of two ranks under `accelerate launch` (the la
   and are not in its newest checkpoint;
 - size: a state of 300 MB in memory: copying it, writing it, reading it back, and the memory that each takes beyond the state.
 
-It takes about five minutes on two cores, on which nothing else should run.
+It takes about five minutes on two cores, on which nothing else should run, and the dataset of the demo, which
+`python -m dist_contrastive.pack photos data/photos.beton` packs.
 
-    python -m dist_contrastive.pack photos data/photos.beton
     python -m benchmarks.checkpoint
+    python -m benchmarks.checkpoint --data elsewhere/photos.beton --kills 10
 """
 
 import json

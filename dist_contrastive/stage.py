@@ -3,8 +3,10 @@
 Prints the path to train on: the copy in FOLDER, or FILE itself where FOLDER has no room for one (a line on stderr says so).
 A copy counts once it is whole and has the size and the SHA-256 of its manifest; it is used again by whoever asks for the
 same dataset, and who asks while it is being made waits for it. Other datasets of the same name have copies of their own.
+A shell gives the path to a training by `--data.path "$(python -m dist_contrastive.stage FILE FOLDER)"`.
 
-    python -m dist_contrastive.train photos --data.path $(python -m dist_contrastive.stage data/photos.beton /local/me)
+    python -m dist_contrastive.stage data/photos.beton /local/me
+    python -m dist_contrastive.stage /network/cifar10.beton "$TMPDIR"
 """
 
 import fcntl
