@@ -32,8 +32,9 @@ demo: setup
 		--run-dir $(RUN) --launch.ranks 2 --launch.device cpu --overwrite
 	@echo 'The report: $(CURDIR)/$(RUN)/report.html'
 
+# Two at a time, a file's tests one after the other; the longest file first.
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: lint types
 	$(BIN)/python -m pytest -m 'not processes' -p no:cacheprovider

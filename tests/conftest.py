@@ -30,6 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         assert isinstance(item, pytest.Function)
         if any(starts_processes(item.path, name) for name in (item.originalname, *item.fixturenames)):
             item.add_marker("processes")
+    # Those that wait longest for others come first, so that nobody waits for them at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
 
 
 @pytest.fixture
