@@ -135,7 +135,7 @@ class Fault:
     says: tuple[str, ...] = ()
     """One of these must stand in the output; nothing need, without any."""
     within: str = ""
-    """The fault that a rank does to itself, instead of `happen`."""
+    """What a rank does to itself, before `happen`."""
     exact: bool = True
     """Whether the state afterwards is bit for bit that of an undisturbed run."""
     ends: bool = True
@@ -269,7 +269,6 @@ OUTSIDE = [
     Fault("no room on the disk", no_room, ("can't be written", "File too large")),
     Fault("checkpoints vanish", lose_checkpoints, ("can't be",)),
     Fault("the run's folder is deleted", delete_folder),
-    Fault("a second launch on the folder", second_launch, ends=False),
     Fault("corrupt records", corrupt_data, ("sample", "record", "JPEG", "decode")),
 ]
 INSIDE = [
@@ -280,6 +279,7 @@ INSIDE = [
     Fault("the clock jumps", nothing, (), "clock_jumps", ends=False),
     Fault("a rank does not come", nothing, ("silent for",), "come_late"),
     Fault("the loader's thread dies", nothing, ("injected",), "loader_dies"),
+    Fault("a second launch on the folder", second_launch, (), "linger", ends=False),
 ]  # fmt: skip
 assert {fault.within for fault in INSIDE} == set(FAULTS)
 

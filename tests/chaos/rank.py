@@ -63,10 +63,21 @@ def loader_dies(trainer: Trainer, batch: Batch) -> None:
     loader._Filler.fill = failing  # type: ignore[method-assign]
 
 
+def linger(trainer: Trainer, batch: Batch) -> None:
+    """From here on steps take long: the run is still there when another launch comes to its folder."""
+    compute = trainer.gradient.compute
+
+    def slowly(*arguments: Any, **options: Any) -> Any:
+        time.sleep(2.0)
+        return compute(*arguments, **options)
+
+    trainer.gradient.compute = slowly  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Callable[[Trainer, Batch], None]] = {
     function.__name__: function
     for function in (
-        fail, not_a_number, out_of_memory, no_memory_for_the_optimizer, clock_jumps, come_late, loader_dies
+        fail, not_a_number, out_of_memory, no_memory_for_the_optimizer, clock_jumps, come_late, loader_dies, linger
     )
 }  # fmt: skip
 
