@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from dist_contrastive import distributed, liveness, preflight, rendezvous
-from dist_contrastive.batch import Share, steps_per_epoch
+from dist_contrastive.batch import steps_per_epoch
 from dist_contrastive.config import TrainConfig, UserError, require
 from dist_contrastive.data.beton import open_dataset
 from dist_contrastive.data.format import TRAIN, Manifest, find_manifest
@@ -85,12 +85,11 @@ def _plan_here(config: TrainConfig) -> None:
             backend = BACKENDS[device] if ranks > 1 else ""
             plan.add("ranks", f"{ranks} on {device} in {precision}, launched", where, backend)
             micro = measured.micro if measured else None
+            _add_step(plan, config, simulate(config, ranks=ranks, precision=cast(Precision, precision), micro=micro))
             if zero:
-                _add_batch(plan, config, ranks, trainer.gradient.micro)
-                plan.add("a step takes", "unknown under DeepSpeed, which is not simulated")
-            else:
-                found = simulate(config, ranks=ranks, precision=cast(Precision, precision), micro=micro)
-                _add_step(plan, config, found)
+                place = "in the memory of its host" if zero.offload else "on a rank"
+                share = f"1/{ranks} of the optimizer's state {place}"
+                plan.add("DeepSpeed", f"simulated as whole copies; stage {zero.stage} keeps {share}")
             if measured:
                 plan.add("memory plan", measured.describe())
             _add_remarks(plan, config, manifest)
@@ -157,16 +156,11 @@ def _add_config(plan: Plan, config: TrainConfig, manifest: Manifest | None, why_
     plan.add("learning rate", peak, warmup, f"schedule {optim.schedule}, optimizer {optim.name}")
 
 
-def _add_batch(plan: Plan, config: TrainConfig, ranks: int, micro: int) -> None:
-    rank_batch = Share(config.batch.size, num_ranks=ranks).rank_batch
-    whole = micro in (0, rank_batch)
-    passes = "in one forward pass" if whole else f"in micro-batches of {micro:,}"
-    plan.add("batch", f"{config.batch.size:,} samples = {ranks} × {rank_batch:,}, {passes}")
-
-
 def _add_step(plan: Plan, config: TrainConfig, found: Simulation) -> None:
     """What the simulation shows of a step, and of what is saved."""
-    _add_batch(plan, config, found.ranks, found.micro)
+    whole = found.micro == found.rank_batch
+    passes = "in one forward pass" if whole else f"in micro-batches of {found.micro:,}"
+    plan.add("batch", f"{config.batch.size:,} samples = {found.ranks} × {found.rank_batch:,}, {passes}")
     plan.add("parameters", f"{found.parameters / 1e6:.1f} M trained")
     plan.add(
         "memory a rank",

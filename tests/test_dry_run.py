@@ -50,6 +50,21 @@ def test_ranks_that_were_launched(dataset: Path, tmp_path: Path) -> None:
     assert not run_dir.exists()
 
 
+def test_ranks_under_deepspeed(dataset: Path, tmp_path: Path) -> None:
+    launch_config = LAUNCH_CONFIG.with_name("deepspeed_zero2.yaml")
+    plan = rows(
+        run_module(
+            "accelerate.commands.launch", "--config_file", str(launch_config), "--num_processes", "2",
+            "--mixed_precision", "no", "-m", "dist_contrastive.train",
+            *options(dataset, tmp_path / "run", "--dry-run", "--optim.name", "adamw"),
+        )
+    )  # fmt: skip
+    assert plan["ranks"].startswith("2 on cpu in fp32, launched")
+    assert plan["DeepSpeed"] == "simulated as whole copies; stage 2 keeps 1/2 of the optimizer's state on a rank"
+    assert plan["batch"] == "16 samples = 2 × 8, in one forward pass"
+    assert "simulated" in plan["memory a rank"]
+
+
 def test_a_run_that_would_go_on_is_left_as_it_is(dataset: Path, tmp_path: Path) -> None:
     arguments = options(dataset, tmp_path / "run", "--probe.no-enabled")
     run_module("dist_contrastive.train", *arguments, "--stop-after-steps", "3")

@@ -30,7 +30,8 @@ __all__ = ["Collective", "HostSync", "Operation", "Place", "Precision", "Simulat
 def simulate(
     config: TrainConfig, *, ranks: int, precision: Precision, micro: int | None = None, logged: bool = False
 ) -> Simulation:
-    """What rank 0 of `ranks` would do in a step of `config` on GPUs, found out in a process of its own.
+    """What rank 0 of `ranks` would do in a step of `config` on GPUs, found out in a process of its own; whole copies of the
+    method, whatever was launched.
 
     Args:
         precision: fp32, bf16 or fp16.
@@ -47,8 +48,13 @@ def simulate(
         input=json.dumps(request),
         capture_output=True,
         text=True,
-        # Without a GPU also where there is one: the simulation is the same everywhere.
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        # Without a GPU also where there is one, and without DeepSpeed: the simulation is the same everywhere.
+        env={
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "ACCELERATE_USE_DEEPSPEED": "false",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        },
     )
     if done.returncode == EXIT_USER_ERROR:
         raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))

@@ -76,6 +76,11 @@ class Run:
         lines = read_metrics(self.folder / "metrics.jsonl")
         return int(lines[-1]["step"]) if lines else 0
 
+    def goes_on_from(self) -> int:
+        """The step that is done at the latest when the next launch begins, however short its metrics were cut."""
+        saved = [int(path.name.removeprefix("step-")) for path in (self.folder / "checkpoints").glob("step-*")]
+        return max(self.step(), *saved, 0)
+
     def ranks(self) -> list[psutil.Process]:
         found = []
         for process in psutil.process_iter(["cmdline"]):
@@ -176,9 +181,10 @@ def two_signals(run: Run, draw: random.Random) -> None:
 
 
 def no_room(run: Run, draw: random.Random) -> None:
-    """From now on rank 0 can make no file larger than some kilobytes."""
+    """From now on rank 0 can make no file larger than some kilobytes, but for the log, in which it is to say so."""
+    room = run.log.stat().st_size + 2**16
     for rank in run.ranks()[:1]:
-        resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (4096, 4096))
+        resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (room, room))
 
 
 def lose_checkpoints(run: Run, draw: random.Random) -> None:
@@ -320,8 +326,9 @@ class Soak:
         try:
             for _ in range(draw.randint(1, 4)):
                 fault = draw.choice([*OUTSIDE, *INSIDE])
-                step = min(STEPS - 3, run.step() + draw.randint(2, 20))
-                if step <= run.step():
+                start = run.goes_on_from()
+                step = min(STEPS - 3, start + draw.randint(2, 20))
+                if step <= start:
                     break
                 within = {"kind": fault.within, "rank": draw.randint(0, 1), "step": step}
                 run.launch(json.dumps(within) if fault.within else "")
