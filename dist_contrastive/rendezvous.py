@@ -61,9 +61,8 @@ def fair_cores() -> int:
 def share_of_cores(mine: str, everyones: list[str]) -> int:
     """As `fair_cores`, of the processors `mine`; `everyones` are those of all processes of this machine, this one included."""
     users = Counter(itertools.chain.from_iterable(map(numbers, everyones)))
-    return max(
-        1, int(sum(1 / max(1, users[cpu]) for cpu in numbers(mine)) + 1e-6)
-    )  # thirds add up to a little less than 1
+    share = sum(1 / max(1, users[cpu]) for cpu in numbers(mine))
+    return max(1, int(share + 1e-6))  # thirds add up to a little less than 1
 
 
 def join(backend: str, *, timeout: timedelta, gpu: Callable[[], str]) -> None:
@@ -129,10 +128,11 @@ def _launchers(name: str) -> str:
 
 def _open_store(rank: int, timeout: timedelta, patience_s: float) -> dist.Store:
     """The store that the launcher's variables name; rank 0 opens it where the launcher has none."""
-    host, port = _launchers("MASTER_ADDR"), int(_launchers("MASTER_PORT"))
+    host, told = _launchers("MASTER_ADDR"), _launchers("MASTER_PORT")
+    port = int(told) if told.isdecimal() else 0
     require(
         0 < port < 2**16,
-        f"MASTER_PORT {port}: all ranks need to know the same port; give one from 1 to 65535 (accelerate launch on several "
+        f"MASTER_PORT {told}: all ranks need to know the same port; give one from 1 to 65535 (accelerate launch on several "
         "machines: --main_process_port)",
     )
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

@@ -151,6 +151,7 @@ def test_a_port_that_is_taken_is_named(dataset: Path, tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"MASTER_PORT": "0"}, "MASTER_PORT 0: all ranks need to know the same port"),
+        ({"MASTER_PORT": "none"}, "MASTER_PORT none: all ranks need to know the same port"),
         (
             {"MASTER_ADDR": ""},
             "WORLD_SIZE is 2, and MASTER_ADDR is not set; start ranks with accelerate launch or torchrun",
