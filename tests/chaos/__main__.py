@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -51,6 +52,8 @@ class Run:
     folder: Path
     log: Path
     process: subprocess.Popen[bytes] | None = None
+    fault: str = ""
+    """What a rank of this launch does to itself."""
     said: int = 0
     """Bytes of the log before this launch."""
 
@@ -62,6 +65,7 @@ class Run:
             "--checkpoint.every-steps", str(EVERY_STEPS),
         ]  # fmt: skip
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH_CONFIG)]
+        self.fault = fault
         self.said = self.log.stat().st_size if self.log.exists() else 0
         environment = {**os.environ, "CHAOS": fault, "PYTHONPATH": str(ROOT)}
         with self.log.open("ab") as file:
@@ -80,6 +84,15 @@ class Run:
         """The step that is done at the latest when the next launch begins, however short its metrics were cut."""
         saved = [int(path.name.removeprefix("step-")) for path in (self.folder / "checkpoints").glob("step-*")]
         return max(self.step(), *saved, 0)
+
+    def sets_aside_as_told(self) -> bool:
+        """Where it did not start because its newest checkpoint may be another version's (a flipped bit of its format is
+        no less), move that elsewhere, as the line says."""
+        found = re.search(r"mend that, or move (step-\d+) elsewhere to go on from step \d+", self.text())
+        if found:
+            place = self.folder / "checkpoints" / found[1]
+            place.rename(self.folder.with_suffix(f".{found[1]}"))
+        return bool(found)
 
     def ranks(self) -> list[psutil.Process]:
         found = []
@@ -332,7 +345,13 @@ class Soak:
                     break
                 within = {"kind": fault.within, "rank": draw.randint(0, 1), "step": step}
                 run.launch(json.dumps(within) if fault.within else "")
-                if not run.wait_for_step(max(1, step - 1) if fault.within else step) and not fault.within:
+                due = max(1, step - 1) if fault.within else step
+                came = run.wait_for_step(due)
+                if not came and run.sets_aside_as_told():
+                    done.append("the checkpoint that might be another version's moved elsewhere")
+                    run.launch(run.fault)
+                    came = run.wait_for_step(due)
+                if not came and not fault.within:
                     raise Diverged(f"it ended before the fault\n{run.text()[-3000:]}")
                 done.append(f"{fault.name} at step {step}")
                 self.counts[fault.name] += 1
@@ -351,6 +370,9 @@ class Soak:
                         self.counts[hurt.__name__.replace("_", " ")] += 1
             run.launch()
             run.wait_until_over(LAUNCH_S)
+            if run.sets_aside_as_told():
+                run.launch()
+                run.wait_until_over(LAUNCH_S)
             compare(self._final(run), reference, exact=exact)
         except Diverged as error:
             self.diverged.append(f"seed {seed}: {'; '.join(done)}: {error}")
