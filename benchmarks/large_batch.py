@@ -57,7 +57,7 @@ def trainer_and_batch(recipe: str, size: int, micro: int) -> tuple[Trainer, Batc
     trainer = Trainer(config, Accelerator(cpu=True), steps_per_epoch=1, dataset_sha256="")
     warm = example(config, 2 * micro)
     for _ in range(2):
-        trainer.gradient.compute(warm, 0)
+        trainer.gradient.compute(warm, 0, logged=False)
         trainer.method.zero_grad(set_to_none=True)
     return trainer, example(config, size)
 
@@ -67,13 +67,13 @@ def memory(recipe: str, size: int, micro: int) -> dict[str, float]:
     trainer, batch = trainer_and_batch(recipe, size, micro)
 
     def step() -> None:
-        trainer.gradient.compute(batch, 0)
+        trainer.gradient.compute(batch, 0, logged=False)
 
     resident = measure_peak(step, torch.device("cpu"))
     trainer.method.zero_grad(set_to_none=True)
     with TensorCount() as tensors:
         step()
-    embedding = trainer.gradient.embedding_bytes(batch.samples(slice(0, 2))) / 2 * size
+    embedding = trainer.gradient.embedding_bytes(batch.part(slice(0, 2))) / 2 * size
     return {"resident_mib": resident / MIB, "tensors_mib": tensors.peak / MIB, "embeddings_mib": embedding / MIB}
 
 
@@ -86,7 +86,7 @@ def timed(recipe: str, command: Command) -> dict[str, list[float]]:
             start = time.perf_counter()
             for number in range(parts):
                 size = command.size // parts
-                trainer.gradient.compute(batch.samples(slice(number * size, (number + 1) * size)), 0)
+                trainer.gradient.compute(batch.part(slice(number * size, (number + 1) * size)), 0, logged=False)
                 trainer.method.zero_grad(set_to_none=True)
             times[name].append(1e3 * (time.perf_counter() - start) / command.size)
     return times

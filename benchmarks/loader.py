@@ -105,7 +105,7 @@ def our_epochs(config: LoaderBenchmark, dataset: Dataset, threads: int) -> Calla
             dataset, data, augment, seed=0, epoch=epoch, share=Share(config.batch), threads=threads
         ) as batches:
             for batch in batches:
-                num_samples += len(batch.indices)
+                num_samples += len(batch)
         return num_samples
 
     return run

@@ -4,33 +4,51 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from dist_contrastive.config import require
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One rank's share of a step. V views, B samples, S pixels a side."""
+class Samples:
+    """Whose the views of a batch are: all that a loss knows of its B samples."""
 
-    views: Tensor
-    """uint8 [V, B, S, S, 3] as the loader cropped them; float32 [V, B, 3, S, S] once augmented."""
     labels: Tensor
     """int64 [B]; a method that learns without labels does not read them."""
     indices: Tensor
     """int64 [B]: positions of the samples in the `.beton`, which key everything random about them."""
     epoch: int
     """The epoch the samples belong to, counted from 0."""
-    wants_report: bool = True
-    """Whether this step is logged; where it is not, a method may leave costly entries out of its report."""
 
-    def samples(self, part: slice) -> "Batch":
-        """The samples `part` of it, all their views."""
-        return replace(self, views=self.views[:, part], labels=self.labels[part], indices=self.indices[part])
+    def __len__(self) -> int:
+        return len(self.labels)
 
-    def view(self, number: int) -> "Batch":
-        """All samples, one of their views."""
-        return replace(self, views=self.views[number : number + 1])
+    def part(self, part: slice) -> "Samples":
+        """Some of them."""
+        return replace(self, labels=self.labels[part], indices=self.indices[part])
+
+    def to(self, device: torch.device) -> "Samples":
+        """The same ones on `device`, which the host does not wait for."""
+        labels, indices = (x.to(device, non_blocking=True) for x in (self.labels, self.indices))
+        return replace(self, labels=labels, indices=indices)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a step: B samples, each with all its views."""
+
+    views: tuple[Tensor, ...]
+    """One tensor for each size of views, of V views of S pixels a side: uint8 [V, B, S, S, 3] as the loader cropped them,
+    float32 [V, B, 3, S, S] once augmented."""
+    samples: Samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def part(self, part: slice) -> "Batch":
+        """Some of its samples, all their views."""
+        return Batch(tuple(views[:, part] for views in self.views), self.samples.part(part))
 
 
 @dataclass(frozen=True)

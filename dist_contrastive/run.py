@@ -84,7 +84,6 @@ def fit(run: "Run") -> bool:
             epoch = trainer.epoch
             with run.batches() as batches:
                 for batch in batches:
-                    batch = dataclasses.replace(batch, wants_report=trainer.is_logged(trainer.step + 1))
                     values = trainer.update(batch)
                     progress.advance(trainer.step, epoch, run.log(epoch, values, batches.wait_ms))
                     if trainer.stopping or trainer.step == config.stop_after_steps:

@@ -132,7 +132,7 @@ class Trainer:
         """
         liveness.at_step(self.step + 1)
         rate = self._set_learning_rate()
-        outcome = self.gradient.compute(batch, self.step)
+        outcome = self.gradient.compute(batch, self.step, logged=self.is_logged(self.step + 1))
         grad_norm = self.replicas.norm_and_clip(self.config.optim.clip_norm)
         values = self._agree({**outcome.losses, **outcome.report}, grad_norm)
         self.gradient.attempt_update(self.step)

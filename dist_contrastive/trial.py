@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import TrainConfig, UserError
 from dist_contrastive.methods import Method
 from dist_contrastive.trainer import build_method
@@ -60,20 +60,16 @@ def _try(config: TrainConfig, device: str) -> int:
         encoder = replace(encoder, norm="batch")
     with torch.random.fork_rng(devices=[]), torch.device(device):
         method = build_method(replace(config, encoder=encoder)).train()
-        batch = Batch(
-            views=torch.zeros(num_views, ENOUGH, 3, side, side),
-            labels=torch.zeros(ENOUGH, dtype=torch.int64),
-            indices=torch.arange(ENOUGH),
-            epoch=0,
-        )
+        samples = Samples(labels=torch.zeros(ENOUGH, dtype=torch.int64), indices=torch.arange(ENOUGH), epoch=0)
+        batch = Batch((torch.zeros(num_views, ENOUGH, 3, side, side),), samples)
         with _watched(method):
             embeddings = [z for z in method.embed_all(batch).values() if z.requires_grad]
             torch.autograd.backward(embeddings, [torch.ones_like(z) for z in embeddings])
             with torch.no_grad():
-                method.eval().encoder(batch.views[0])
+                method.eval().encoder(batch.views[0][0])
         try:
             with torch.no_grad():
-                method.train().embed_all(batch.samples(slice(1)))
+                method.train().embed_all(batch.part(slice(1)))
         except ValueError:  # BatchNorm's, of a single value for each channel
             return ENOUGH
         return 1

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import EncoderConfig, HeadConfig
 from dist_contrastive.distributed import rank, world_size
 from dist_contrastive.methods import METHODS, Method
@@ -34,13 +34,13 @@ def share_of_batch(method: Method, seed: int = 1) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     views = torch.randn(method.min_views, GLOBAL_BATCH, 3, SIDE, SIDE, generator=generator)
     indices = torch.randperm(1000, generator=generator)[:GLOBAL_BATCH]
-    whole = Batch(views=views, labels=indices % 3, indices=indices, epoch=3)
-    return whole.samples(slice(rank() * GLOBAL_BATCH // world_size(), (rank() + 1) * GLOBAL_BATCH // world_size()))
+    whole = Batch((views,), Samples(labels=indices % 3, indices=indices, epoch=3))
+    return whole.part(slice(rank() * GLOBAL_BATCH // world_size(), (rank() + 1) * GLOBAL_BATCH // world_size()))
 
 
 def losses_of(method: Method, batch: Batch) -> Losses:
     """The method's losses on a whole rank batch, in one pass."""
-    return method.loss(method.embed_all(batch), batch)
+    return method.loss(method.embed_all(batch), batch.samples)
 
 
 def as_it_is(batch: Batch, device: torch.device) -> Batch:

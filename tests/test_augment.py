@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from dist_contrastive import rng
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import AugmentConfig
 from dist_contrastive.data import augment as module
 from dist_contrastive.data.augment import Augment, to_displayable, to_float, to_normalized
@@ -48,18 +48,16 @@ def random_batch(num: int, side: int, num_views: int = 2, *, epoch: int = 0, see
         views[:, 1] = views[:, 1, ..., :1]
         views[:, 2], views[:, 3] = 0, 255
     indices = torch.randperm(10 * num, generator=generator)[:num]
-    return Batch(views=views, labels=indices % 3, indices=indices, epoch=epoch)
+    return Batch((views,), Samples(indices % 3, indices, epoch))
 
 
 def pictures(num: int, side: int) -> Tensor:
     """float32 [num, 3, side, side] in [0, 1]."""
-    return to_float(random_batch(num, side, 1).views[0])
+    return to_float(random_batch(num, side, 1).views[0][0])
 
 
 def part(batch: Batch, chosen: Any) -> Batch:
-    return replace(
-        batch, views=batch.views[:, chosen], labels=batch.labels[chosen], indices=batch.indices[chosen]
-    )  # fmt: skip
+    return Batch((batch.views[0][:, chosen],), batch.samples.part(chosen))
 
 
 def each(images: Tensor, parameters: Tensor, operation: Callable[[Tensor, float], Tensor]) -> Tensor:
@@ -151,17 +149,17 @@ def test_normalize_is_torchvisions():
 
 def test_evaluation_normalizes_as_training_does():
     batch = random_batch(6, 8)
-    views = to_normalized(batch.views, OFF, CPU)
+    views = to_normalized(batch.views[0], OFF, CPU)
     assert views.shape == (2, 6, 3, 8, 8)
-    torch.testing.assert_close(views, Augment(OFF, seed=0)(batch, CPU).views)
-    expected = F.normalize(batch.views.movedim(-1, -3) / 255, list(OFF.mean), list(OFF.std))
+    torch.testing.assert_close(views, Augment(OFF, seed=0)(batch, CPU).views[0])
+    expected = F.normalize(batch.views[0].movedim(-1, -3) / 255, list(OFF.mean), list(OFF.std))
     torch.testing.assert_close(views, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_displayable_views_are_the_pictures_again():
     batch = random_batch(6, 8)
-    assert torch.equal(to_displayable(to_normalized(batch.views, ALL, CPU), ALL), batch.views)
-    assert torch.equal(to_displayable(Augment(OFF, seed=0)(batch, CPU).views, OFF), batch.views)
+    assert torch.equal(to_displayable(to_normalized(batch.views[0], ALL, CPU), ALL), batch.views[0])
+    assert torch.equal(to_displayable(Augment(OFF, seed=0)(batch, CPU).views[0], OFF), batch.views[0])
     beyond = torch.tensor([-9.0, 9.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
     assert to_displayable(beyond, ALL).flatten().tolist() == [0, 0, 0, 255, 255, 255]
 
@@ -205,31 +203,31 @@ def reference_view(image: Tensor, config: AugmentConfig, key: Tensor, view: int)
 def test_views_are_what_torchvision_makes_of_each_sample_with_its_own_parameters(side):
     config = configured(ALL, **PLAIN)
     batch = random_batch(40, side, epoch=4)
-    views = Augment(config, seed=9)(batch, CPU).views
+    views = Augment(config, seed=9)(batch, CPU).views[0]
     for view in range(2):
-        for position, index in enumerate(batch.indices):
+        for position, index in enumerate(batch.samples.indices):
             key = rng.sample_keys(9, 4, index.view(1), view)
-            expected = reference_view(batch.views[view, position], config, key, view)
+            expected = reference_view(batch.views[0][view, position], config, key, view)
             assert_within_a_level(views[view, position], expected)
 
 
 def test_views_have_the_documented_shape_and_layout():
     batch = random_batch(6, 8)
     result = Augment(ALL, seed=0)(batch, CPU)
-    assert result.views.shape == (2, 6, 3, 8, 8)
-    assert result.views.dtype == torch.float32
-    assert result.views.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(result.labels, batch.labels)
-    assert torch.equal(result.indices, batch.indices)
-    assert result.epoch == batch.epoch
-    assert batch.views.dtype == torch.uint8
+    assert result.views[0].shape == (2, 6, 3, 8, 8)
+    assert result.views[0].dtype == torch.float32
+    assert result.views[0].flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(result.samples.labels, batch.samples.labels)
+    assert torch.equal(result.samples.indices, batch.samples.indices)
+    assert result.samples.epoch == batch.samples.epoch
+    assert batch.views[0].dtype == torch.uint8
 
 
 def test_the_batch_it_was_given_stays_as_it_is():
     batch = random_batch(20, 8)
-    copy = batch.views.clone()
+    copy = batch.views[0].clone()
     Augment(ALL, seed=0)(batch, CPU)
-    assert torch.equal(batch.views, copy)
+    assert torch.equal(batch.views[0], copy)
 
 
 @pytest.mark.parametrize("strength", ["brightness", "contrast", "saturation", "hue"])
@@ -237,13 +235,15 @@ def test_a_jitter_of_one_strength_changes_that_alone(strength):
     zeros: dict[str, Any] = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
     config = configured(OFF, jitter=(1.0,), **(zeros | {strength: 0.4}), **PLAIN)
     batch = random_batch(10, 8)
-    views = Augment(config, seed=1)(batch, CPU).views
+    views = Augment(config, seed=1)(batch, CPU).views[0]
     for view in range(2):
-        for position, index in enumerate(batch.indices):
+        for position, index in enumerate(batch.samples.indices):
             key = rng.sample_keys(1, 0, index.view(1), view)
-            assert_within_a_level(views[view, position], reference_view(batch.views[view, position], config, key, view))
-    without = Augment(configured(OFF, jitter=(1.0,), **zeros, **PLAIN), seed=1)(batch, CPU).views
-    assert_within_a_level(without, to_normalized(batch.views, config, CPU))
+            assert_within_a_level(
+                views[view, position], reference_view(batch.views[0][view, position], config, key, view)
+            )
+    without = Augment(configured(OFF, jitter=(1.0,), **zeros, **PLAIN), seed=1)(batch, CPU).views[0]
+    assert_within_a_level(without, to_normalized(batch.views[0], config, CPU))
 
 
 # Randomness
@@ -253,31 +253,31 @@ def test_a_jitter_of_one_strength_changes_that_alone(strength):
 def test_an_image_does_not_depend_on_the_batch_around_it(side):
     augment = Augment(ALL, seed=2)
     batch = random_batch(37, side)
-    views = augment(batch, CPU).views
+    views = augment(batch, CPU).views[0]
     shuffled = torch.from_numpy(rng.permutation(0, 0, 37))
-    assert torch.equal(augment(part(batch, shuffled), CPU).views, views[:, shuffled])
+    assert torch.equal(augment(part(batch, shuffled), CPU).views[0], views[:, shuffled])
     for chosen in (slice(0, 1), slice(5, 6), slice(36, 37), slice(0, 18), slice(18, 37), slice(3, 10)):
-        assert torch.equal(augment(part(batch, chosen), CPU).views, views[:, chosen])
+        assert torch.equal(augment(part(batch, chosen), CPU).views[0], views[:, chosen])
 
 
 @pytest.mark.parametrize("side", [1, 17, 32, 33])
 def test_an_image_does_not_depend_on_the_chunks_or_torchs_threads(side, monkeypatch):
     augment = Augment(ALL, seed=2)
     batch = random_batch(37, side)
-    views = augment(batch, CPU).views
+    views = augment(batch, CPU).views[0]
     for values, threads in [(1, 1), (3 * side * side * 5, 2), (1 << 30, 1), (1 << 30, 3)]:
         monkeypatch.setattr(module, "CPU_CHUNK_VALUES", values)
         torch.set_num_threads(threads)
-        assert torch.equal(augment(batch, CPU).views, views)
+        assert torch.equal(augment(batch, CPU).views[0], views)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_any_split_over_ranks_gives_the_same_views(num_ranks):
     batch = random_batch(24, 32)
-    whole = Augment(ALL, seed=2)(batch, CPU).views
+    whole = Augment(ALL, seed=2)(batch, CPU).views[0]
     share = 24 // num_ranks
     parts = [
-        Augment(ALL, seed=2)(part(batch, slice(rank * share, (rank + 1) * share)), CPU).views
+        Augment(ALL, seed=2)(part(batch, slice(rank * share, (rank + 1) * share)), CPU).views[0]
         for rank in range(num_ranks)
     ]
     assert torch.equal(torch.cat(parts, dim=1), whole)
@@ -285,20 +285,21 @@ def test_any_split_over_ranks_gives_the_same_views(num_ranks):
 
 def test_views_are_a_pure_function_of_seed_epoch_index_and_view():
     batch = random_batch(40, 16)
-    same = replace(batch, views=batch.views[:1].expand(2, -1, -1, -1, -1).contiguous())
+    same = Batch((batch.views[0][:1].expand(2, -1, -1, -1, -1).contiguous(),), batch.samples)
     augment = Augment(ALL, seed=2)
-    views = augment(same, CPU).views
+    views = augment(same, CPU).views[0]
     torch.manual_seed(99)
-    assert torch.equal(augment(same, CPU).views, views)
-    assert torch.equal(Augment(ALL, seed=2)(same, CPU).views, views)
+    assert torch.equal(augment(same, CPU).views[0], views)
+    assert torch.equal(Augment(ALL, seed=2)(same, CPU).views[0], views)
 
     def num_equal(other: Tensor) -> int:
         return int((other == views).flatten(2).all(-1).sum())
 
     unlucky = 20  # of 80: those to which nothing or only a flip happens both times
-    assert num_equal(Augment(ALL, seed=3)(same, CPU).views) < unlucky
-    assert num_equal(augment(replace(same, epoch=1), CPU).views) < unlucky
-    assert num_equal(augment(replace(same, indices=same.indices + 1), CPU).views) < unlucky
+    assert num_equal(Augment(ALL, seed=3)(same, CPU).views[0]) < unlucky
+    assert num_equal(augment(replace(same, samples=replace(same.samples, epoch=1)), CPU).views[0]) < unlucky
+    others = replace(same.samples, indices=same.samples.indices + 1)
+    assert num_equal(augment(replace(same, samples=others), CPU).views[0]) < unlucky
     assert num_equal(views.flip(0)) < unlucky
 
 
@@ -312,9 +313,9 @@ def test_probabilities_hold_for_each_view(name):
     config = configured(OFF, num_views=4, blur_sigma=(1.0, 2.0), **{name: wanted}, **PLAIN)
     image = torch.tensor([[[10, 60, 200], [90, 20, 30]], [[250, 140, 70], [5, 180, 110]]], dtype=torch.uint8)
     views = image.expand(4, num, 2, 2, 3).contiguous()
-    batch = Batch(views=views, labels=torch.zeros(num, dtype=torch.int64), indices=torch.arange(num), epoch=0)
+    batch = Batch((views,), Samples(torch.zeros(num, dtype=torch.int64), torch.arange(num), epoch=0))
     before = to_normalized(views, config, CPU)
-    changed = (Augment(config, seed=0)(batch, CPU).views - before).abs().flatten(2).amax(-1) > 1e-3
+    changed = (Augment(config, seed=0)(batch, CPU).views[0] - before).abs().flatten(2).amax(-1) > 1e-3
     for view, probability in enumerate(wanted):
         tolerance = 5 * math.sqrt(probability * (1 - probability) / num)
         assert changed[view].float().mean().item() == pytest.approx(probability, abs=tolerance)
@@ -325,14 +326,14 @@ def test_one_probability_holds_for_all_views(name):
     config = configured(OFF, num_views=3, **{name: (0.6,)})
     each_view = configured(config, **{name: (0.6, 0.6, 0.6)})
     batch = random_batch(30, 8, num_views=3)
-    assert torch.equal(Augment(config, seed=0)(batch, CPU).views, Augment(each_view, seed=0)(batch, CPU).views)
+    assert torch.equal(Augment(config, seed=0)(batch, CPU).views[0], Augment(each_view, seed=0)(batch, CPU).views[0])
 
 
 def test_operations_are_chosen_independently_of_each_other():
     num = 4000
     batch = random_batch(num, 1)
     config = configured(OFF, **dict.fromkeys(PROBABILITIES, (0.5,)))
-    chosen, numbers = Augment(config, seed=0)._draw(batch)
+    chosen, numbers = Augment(config, seed=0)._draw(batch.samples)
     assert chosen.shape == (2 * num, 5)
     assert numbers.shape == (2 * num, 9)
     drawn = torch.cat([chosen[:num].float(), chosen[num:].float(), numbers[:num], numbers[num:]], dim=1)
@@ -350,7 +351,7 @@ def test_cuda_gives_what_the_cpu_gives(side):
     config = configured(ALL, **PLAIN)
     batch = random_batch(40, side)
     cuda = Augment(config, seed=2)(batch, torch.device("cuda"))
-    assert {tensor.device.type for tensor in (cuda.views, cuda.labels, cuda.indices)} == {"cuda"}
-    assert cuda.views.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
-    assert_within_a_level(cuda.views.cpu(), Augment(config, seed=2)(batch, CPU).views)
-    assert torch.equal(cuda.indices.cpu(), batch.indices)
+    assert {tensor.device.type for tensor in (cuda.views[0], cuda.samples.labels, cuda.samples.indices)} == {"cuda"}
+    assert cuda.views[0].flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert_within_a_level(cuda.views[0].cpu(), Augment(config, seed=2)(batch, CPU).views[0])
+    assert torch.equal(cuda.samples.indices.cpu(), batch.samples.indices)

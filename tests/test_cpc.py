@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_contrastive import distributed
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import EncoderConfig, HeadConfig, UserError
 from dist_contrastive.methods.base import Embeddings
 from dist_contrastive.methods.cpc import CPC, CPCConfig
@@ -38,7 +38,7 @@ def small_grid(encoder: EncoderConfig = GROUP) -> CPC:
 def images(num_views: int, num_samples: int) -> Batch:
     views = torch.randn(num_views, num_samples, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     indices = torch.arange(num_samples)
-    return Batch(views=views, labels=indices, indices=indices, epoch=0)
+    return Batch((views,), Samples(indices, indices, epoch=0))
 
 
 def embeddings(num_views: int, num_samples: int) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def cpc_reference(arrays: dict[str, np.ndarray]) -> list[float]:
 @pytest.mark.parametrize("num_views", [1, 2])
 def test_equals_the_papers_loops(num_views: int) -> None:
     given = embeddings(num_views, 3)
-    losses = small_grid().loss(given, images(num_views, 3))
+    losses = small_grid().loss(given, images(num_views, 3).samples)
     expected = cpc_reference({name: x.double().numpy() for name, x in given.items()})
     assert [losses[f"{k}_rows_ahead"].item() for k in (1, 2)] == pytest.approx(expected, rel=1e-5)
     assert losses["loss"].item() == pytest.approx(np.mean(expected), rel=1e-5)
@@ -92,7 +92,7 @@ def loss_of_share(rank: int, arrays: dict[str, np.ndarray]) -> tuple[float, dict
     share = num_samples // distributed.world_size()
     part = slice(rank * share, (rank + 1) * share)
     mine: Embeddings = {n: torch.from_numpy(x[:, part].copy()).requires_grad_() for n, x in arrays.items()}
-    loss = small_grid().loss(mine, images(num_views, num_samples).samples(part))["loss"]
+    loss = small_grid().loss(mine, images(num_views, num_samples).samples.part(part))["loss"]
     loss.backward()
     gradients = {}
     for name, x in mine.items():
@@ -124,10 +124,10 @@ def test_targets_and_predictions_both_get_gradient() -> None:
 def test_float32_inside_autocast() -> None:
     given, batch = embeddings(2, 3), images(2, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = small_grid().loss(given, batch)["loss"]
+        loss = small_grid().loss(given, batch.samples)["loss"]
         embedded = small_grid().embed(batch)
     assert loss.dtype == torch.float32
-    assert loss.item() == small_grid().loss(given, batch)["loss"].item()
+    assert loss.item() == small_grid().loss(given, batch.samples)["loss"].item()
     assert all(x.dtype == torch.float32 for x in embedded.values())
 
 
@@ -139,7 +139,7 @@ def test_patches_are_the_papers_grid() -> None:
     assert embeddings["z"].shape == (1, 4, 7, 7, 8)
     assert embeddings["prediction_3"].shape == (1, 4, 4, 7, 8)
     row, column, sample = 4, 1, 2
-    patch = batch.views[0, sample : sample + 1, :, 2 * row : 2 * row + 4, 2 * column : 2 * column + 4]
+    patch = batch.views[0][0, sample : sample + 1, :, 2 * row : 2 * row + 4, 2 * column : 2 * column + 4]
     by_hand = torch.nn.functional.normalize(method.projector(method.encoder(patch)), dim=1)[0]
     torch.testing.assert_close(method.embed_all(batch)["z"][0, sample, row, column], by_hand, rtol=1e-4, atol=1e-5)
 
@@ -160,8 +160,9 @@ def test_a_prediction_sees_the_rows_above_alone() -> None:
 def test_cpc_takes_one_view_and_several() -> None:
     method = cpc()
     batch = images(1, 4)
-    two = replace(batch, views=torch.cat([batch.views, batch.views + 1]))
-    one_loss, two_loss = (method.loss(method.embed_all(b), b)["loss"] for b in (batch, two))
+    (views,) = batch.views
+    two = replace(batch, views=(torch.cat([views, views + 1]),))
+    one_loss, two_loss = (method.loss(method.embed_all(b), b.samples)["loss"] for b in (batch, two))
     assert method.embed_all(two)["z"].shape[0] == 2
     assert two_loss > one_loss, "twice as many negatives"
 
@@ -170,9 +171,9 @@ def test_pixels_below_a_row_of_patches_do_not_change_what_is_predicted_from_it()
     method, batch = cpc(), images(1, 2)
     row = 3
     last_pixel = row * method.patch_stride + method.patch_size
-    views = batch.views.clone()
+    views = batch.views[0].clone()
     views[..., last_pixel:, :] += 1
-    before, after = (method.embed(b) for b in (batch, replace(batch, views=views)))
+    before, after = (method.embed(b) for b in (batch, replace(batch, views=(views,))))
     for k in range(1, method.config.rows_ahead + 1):
         change = (after[f"prediction_{k}"] - before[f"prediction_{k}"]).abs().amax((0, 1, 3, 4))
         assert change[: row + 1].max() < 1e-6
@@ -181,11 +182,11 @@ def test_pixels_below_a_row_of_patches_do_not_change_what_is_predicted_from_it()
 
 def test_each_patch_has_its_own_dropout_mask_whatever_the_micro_batch() -> None:
     method, batch = small_grid(replace(GROUP, dropout=0.5)), images(2, 4)
-    alike = replace(batch, views=torch.ones_like(batch.views))
+    alike = replace(batch, views=(torch.ones_like(batch.views[0]),))
     z = method.embed(alike)["z"].detach()
     assert len(torch.unique(z.flatten(0, -2).round(decimals=4), dim=0)) == z[..., 0].numel()
     part = slice(1, 3)
-    torch.testing.assert_close(method.embed(alike.samples(part))["z"], z[:, part], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(method.embed(alike.part(part))["z"], z[:, part], rtol=1e-4, atol=1e-5)
 
 
 def test_batchnorm_encoders_on_patches_of_four_pixels_train() -> None:
@@ -201,13 +202,13 @@ def test_the_default_grid_is_the_papers(image_size: int, patch_size: int, patch_
 
 
 def test_the_report_has_the_cosine_of_predictions_and_their_targets() -> None:
-    given, batch = embeddings(2, 3), images(2, 3)
+    given = embeddings(2, 3)
     z = given["z"].double().numpy()
     cosines = [np.mean(np.sum(given[f"prediction_{k}"].double().numpy() * z[:, :, k:], axis=-1)) for k in (1, 2)]
-    report = small_grid().report(given, batch)
+    report = small_grid().report(given, logged=True)
     assert report["positive_cosine"].item() == pytest.approx(np.mean(cosines), abs=1e-6)
     assert report["effective_rank"] > 1
-    assert set(small_grid().report(given, replace(batch, wants_report=False))) == {"positive_cosine"}
+    assert set(small_grid().report(given, logged=False)) == {"positive_cosine"}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_contrastive import distributed
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Samples
 from dist_contrastive.config import TrainConfig
 from dist_contrastive.data.beton import open_dataset
 from dist_contrastive.data.format import manifest_path
@@ -46,8 +46,8 @@ def train_with_poison(rank: int, config: TrainConfig, poison: Callable[[SimCLR, 
     class Poisoned(SimCLR):
         calls = 0
 
-        def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
-            losses = super().loss(embeddings, batch)
+        def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
+            losses = super().loss(embeddings, samples)
             self.calls += 1
             if self.calls == BAD_STEP:
                 methods.append(self)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from dist_contrastive import distributed
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Samples
 from dist_contrastive.config import EncoderConfig
 from dist_contrastive.losses import blocks
 from dist_contrastive.losses.infonce import indexed_nce, nt_xent, queue_nce, supervised
@@ -220,8 +220,8 @@ def simclr_of_share(rank: int, z: np.ndarray, labels: np.ndarray, config: SimCLR
     mine = slice(rank * share, (rank + 1) * share)
     rows = torch.from_numpy(z[:, mine].copy()).requires_grad_()
     indices = torch.arange(share)
-    batch = Batch(views=torch.empty(0), labels=torch.from_numpy(labels[mine].copy()), indices=indices, epoch=0)
-    loss = method.loss({"z": rows}, batch)["loss"]
+    samples = Samples(torch.from_numpy(labels[mine].copy()), indices, epoch=0)
+    loss = method.loss({"z": rows}, samples)["loss"]
     loss.backward()
     assert rows.grad is not None
     return loss.item(), (rows.grad / distributed.world_size()).numpy()

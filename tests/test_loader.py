@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from dist_contrastive import rng
-from dist_contrastive.batch import Batch, Share
+from dist_contrastive.batch import Batch, Samples, Share
 from dist_contrastive.config import AugmentConfig, DataConfig, UserError
 from dist_contrastive.data import loader
 from dist_contrastive.data.beton import Dataset, open_dataset
@@ -81,21 +81,25 @@ def global_batches(dataset: Dataset, num_ranks: int = 1, **options: Any) -> list
     shares = [Share(GLOBAL_BATCH, rank, num_ranks) for rank in range(num_ranks)]
     of_ranks = [list(epoch_of(dataset, share=share, **options)) for share in shares]
     return [
-        Batch(
-            views=torch.cat([batch.views for batch in batches], dim=1),
-            labels=torch.cat([batch.labels for batch in batches]),
-            indices=torch.cat([batch.indices for batch in batches]),
-            epoch=batches[0].epoch,
+        batch_of(
+            torch.cat([batch.views[0] for batch in batches], dim=1),
+            torch.cat([batch.samples.labels for batch in batches]),
+            torch.cat([batch.samples.indices for batch in batches]),
+            batches[0].epoch,
         )
         for batches in zip(*of_ranks, strict=True)
     ]
 
 
+def batch_of(views: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, epoch: int) -> Batch:
+    return Batch((views,), Samples(labels, indices, epoch))
+
+
 def assert_same(found: list[Batch], expected: list[Batch]) -> None:
     for ours, theirs in zip(found, expected, strict=True):
-        assert torch.equal(ours.indices, theirs.indices)
-        assert torch.equal(ours.labels, theirs.labels)
-        assert torch.equal(ours.views, theirs.views)
+        assert torch.equal(ours.samples.indices, theirs.samples.indices)
+        assert torch.equal(ours.samples.labels, theirs.samples.labels)
+        assert torch.equal(ours.views[0], theirs.views[0])
 
 
 def resized_by_torchvision(image: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
@@ -120,21 +124,21 @@ def test_an_epoch_is_the_global_permutation_sliced_by_step_and_rank(dataset, num
         assert len(batches) == len(train) // GLOBAL_BATCH
         for step, batch in enumerate(batches):
             start = step * GLOBAL_BATCH + rank * per_rank
-            np.testing.assert_array_equal(batch.indices, order[start : start + per_rank])
-            np.testing.assert_array_equal(batch.labels, dataset.labels[batch.indices])
-            assert batch.views.shape == (2, per_rank, SIZE, SIZE, 3)
-            assert batch.views.dtype == torch.uint8
-            assert batch.labels.dtype == batch.indices.dtype == torch.int64
-            assert batch.epoch == 5
+            np.testing.assert_array_equal(batch.samples.indices, order[start : start + per_rank])
+            np.testing.assert_array_equal(batch.samples.labels, dataset.labels[batch.samples.indices])
+            assert batch.views[0].shape == (2, per_rank, SIZE, SIZE, 3)
+            assert batch.views[0].dtype == torch.uint8
+            assert batch.samples.labels.dtype == batch.samples.indices.dtype == torch.int64
+            assert batch.samples.epoch == 5
 
 
 def test_only_the_incomplete_last_batch_is_dropped_and_no_sample_comes_twice(dataset):
-    seen = torch.cat([batch.indices for batch in global_batches(dataset, num_ranks=2)]).tolist()
+    seen = torch.cat([batch.samples.indices for batch in global_batches(dataset, num_ranks=2)]).tolist()
     num_train = NUM_SAMPLES - NUM_TEST
     assert len(seen) == len(set(seen)) == num_train // GLOBAL_BATCH * GLOBAL_BATCH
     assert set(seen) <= set(dataset.indices(TRAIN).tolist())
     # Where the batch divides the epoch, all of it comes.
-    exact = torch.cat([batch.indices for batch in epoch_of(dataset, share=Share(2))])
+    exact = torch.cat([batch.samples.indices for batch in epoch_of(dataset, share=Share(2))])
     np.testing.assert_array_equal(exact.sort().values, dataset.indices(TRAIN))
 
 
@@ -171,7 +175,7 @@ def test_crops_and_order_differ_by_seed_and_epoch(dataset):
     assert_same(global_batches(dataset), first)
     for options in ({"seed": 1}, {"epoch": 1}):
         for batch, other in zip(first, global_batches(dataset, **options), strict=True):
-            assert not torch.equal(batch.indices, other.indices)
+            assert not torch.equal(batch.samples.indices, other.samples.indices)
 
 
 def test_a_samples_boxes_differ_by_seed_epoch_and_view_and_depend_on_nothing_else(small):
@@ -239,12 +243,12 @@ def test_views_are_torchvisions_antialiased_bilinear_crops(dataset, pixels, size
     """Raw images to the rounding; JPEGs within the decoder's tolerance of Pillow's pixels."""
     worst = {0: 0.0, 1: 0.0}
     for batch in epoch_of(dataset, DataConfig(image_size=size), seed=size):
-        samples = batch.indices.numpy()
+        samples = batch.samples.indices.numpy()
         boxes = random_boxes(dataset, AUGMENT, seed=size, epoch=0, samples=samples)
         for view, position in itertools.product(range(2), range(len(samples))):
             sample = samples[position]
             expected = resized_by_torchvision(pixels[sample], boxes[view, position], size)
-            error = np.abs(batch.views[view, position].numpy() - expected).max()
+            error = np.abs(batch.views[0][view, position].numpy() - expected).max()
             kind = int(dataset.is_jpeg[sample])
             worst[kind] = max(worst[kind], error)
     assert worst[0] < 0.51
@@ -274,7 +278,7 @@ def test_an_image_of_one_pixel_fills_its_views(tmp_path):
     color = np.array([[[7, 100, 250]]], np.uint8)
     dataset = open_dataset(write_beton(tmp_path / "pixel.beton", [color] * 4))
     for batch in (*epoch_of(dataset, share=Share(4)), *eval_pass(dataset, DATA, np.arange(4), batch_size=4, threads=1)):
-        assert torch.equal(batch.views, torch.from_numpy(color[0, 0]).expand_as(batch.views))
+        assert torch.equal(batch.views[0], torch.from_numpy(color[0, 0]).expand_as(batch.views[0]))
 
 
 # Evaluation
@@ -284,11 +288,11 @@ def test_an_image_of_one_pixel_fills_its_views(tmp_path):
 def test_an_eval_pass_gives_all_indices_in_order_and_the_rest_at_last(dataset, batch_size):
     indices = np.arange(NUM_SAMPLES)[::-1]
     batches = list(eval_pass(dataset, DATA, indices, batch_size=batch_size, threads=2))
-    sizes = [len(batch.indices) for batch in batches]
+    sizes = [len(batch.samples.indices) for batch in batches]
     assert sizes == [len(part) for part in np.split(indices, range(batch_size, NUM_SAMPLES, batch_size))]
-    np.testing.assert_array_equal(torch.cat([batch.indices for batch in batches]), indices)
-    np.testing.assert_array_equal(torch.cat([batch.labels for batch in batches]), dataset.labels[indices])
-    assert {tuple(batch.views.shape) for batch in batches} == {(1, size, SIZE, SIZE, 3) for size in sizes}
+    np.testing.assert_array_equal(torch.cat([batch.samples.indices for batch in batches]), indices)
+    np.testing.assert_array_equal(torch.cat([batch.samples.labels for batch in batches]), dataset.labels[indices])
+    assert {tuple(batch.views[0].shape) for batch in batches} == {(1, size, SIZE, SIZE, 3) for size in sizes}
 
 
 def test_an_eval_pass_over_nothing_gives_nothing(dataset):
@@ -316,17 +320,18 @@ def test_a_retained_batch_is_not_overwritten(dataset):
     retained, copies = [], []
     for batch in itertools.chain(epoch_of(dataset), eval_pass(dataset, DATA, indices, batch_size=8, threads=2)):
         retained.append(batch)
-        copies.append(Batch(batch.views.clone(), batch.labels.clone(), batch.indices.clone(), batch.epoch))
+        samples = batch.samples
+        copies.append(batch_of(batch.views[0].clone(), samples.labels.clone(), samples.indices.clone(), samples.epoch))
     assert_same(retained, copies)
 
 
 def test_a_batch_shares_no_memory_with_what_comes_later(dataset):
     indices = np.arange(NUM_SAMPLES)
     labels = dataset.labels.copy()
-    expected = [batch.views.clone() for batch in eval_pass(dataset, DATA, indices, batch_size=8, threads=2)]
+    expected = [batch.views[0].clone() for batch in eval_pass(dataset, DATA, indices, batch_size=8, threads=2)]
     for batch, views in zip(eval_pass(dataset, DATA, indices, batch_size=8, threads=2), expected, strict=True):
-        assert torch.equal(batch.views, views)
-        for tensor in (batch.views, batch.labels, batch.indices):
+        assert torch.equal(batch.views[0], views)
+        for tensor in (batch.views[0], batch.samples.labels, batch.samples.indices):
             tensor.zero_()
     np.testing.assert_array_equal(indices, np.arange(NUM_SAMPLES))
     np.testing.assert_array_equal(dataset.labels, labels)
@@ -355,8 +360,8 @@ def test_a_corrupt_jpeg_is_named(tmp_path, cut):
     images[5] = whole[: int(cut * len(whole))]
     dataset = open_dataset(write_beton(tmp_path / "corrupt.beton", images))
     epoch = eval_pass(dataset, DATA, np.arange(12), batch_size=2, threads=2)
-    np.testing.assert_array_equal(next(epoch).indices, [0, 1])
-    np.testing.assert_array_equal(next(epoch).indices, [2, 3])
+    np.testing.assert_array_equal(next(epoch).samples.indices, [0, 1])
+    np.testing.assert_array_equal(next(epoch).samples.indices, [2, 3])
     with pytest.raises(RuntimeError, match=r"sample 5 of .*corrupt\.beton is not a readable JPEG"):
         next(epoch)
     assert loader_threads() == []
@@ -391,7 +396,7 @@ def test_a_wait_has_a_bound(small):
 
     # The stuck thread is let go once the consumer has given up on it, so that close() can join it.
     epoch = epoch_with_boxes(small, boxes, timeout_s=0.5)
-    assert next(epoch).indices.item() == 0
+    assert next(epoch).samples.indices.item() == 0
     timer = threading.Timer(1.5, release.set)
     timer.start()
     with pytest.raises(TimeoutError, match=r"no batch within 0\.5 s"):
@@ -410,7 +415,7 @@ def test_a_batch_that_can_not_be_made_is_the_users_error(dataset):
 
 def test_the_largest_batch_is_the_training_split(dataset):
     (batch,) = epoch_of(dataset, share=Share(NUM_SAMPLES - NUM_TEST))
-    np.testing.assert_array_equal(batch.indices.sort().values, dataset.indices(TRAIN))
+    np.testing.assert_array_equal(batch.samples.indices.sort().values, dataset.indices(TRAIN))
 
 
 # Threads
@@ -471,7 +476,7 @@ def test_an_error_in_the_order_ends_the_threads(small):
         small, DataConfig(image_size=8, batches_ahead=2), batches, whole_image, epoch=0, num_views=1,
         first_batch=0, num_batches=4, threads=2, pin_memory=False,
     )  # fmt: skip
-    assert next(epoch).indices.item() == 0
+    assert next(epoch).samples.indices.item() == 0
     with pytest.raises(IndexError):
         next(epoch)
     assert loader_threads() == []

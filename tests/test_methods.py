@@ -56,7 +56,7 @@ def directional_derivative(method: Method, direction: list[Tensor], fixed: Embed
         with torch.no_grad():
             for p, d in zip(trained, direction, strict=True):
                 p.add_(d, alpha=step)
-            loss = method.loss({**method.embed_all(batch), **fixed}, batch)["loss"].item()
+            loss = method.loss({**method.embed_all(batch), **fixed}, batch.samples)["loss"].item()
             for p, d in zip(trained, direction, strict=True):
                 p.sub_(d, alpha=step)
         return loss
@@ -72,7 +72,7 @@ def test_the_gradient_is_that_of_the_loss_with_the_papers_branches_standing_stil
     embeddings = method.embed_all(batch)
     stopped = {key for key, value in embeddings.items() if not value.requires_grad}
     assert stopped == ({"z", method.target} if method.target else set())
-    method.loss(embeddings, batch)["loss"].backward()
+    method.loss(embeddings, batch.samples)["loss"].backward()
     trained = [p for p in method.parameters() if p.requires_grad]
     # Along the gradient itself, where the change is largest and rounding smallest.
     gradient = [p.grad.clone() for p in trained if p.grad is not None]
@@ -92,7 +92,7 @@ def test_the_stopped_branch_matters_to_the_loss_and_gets_no_gradient(name: str) 
     target = method.target
     assert target
     leaves = {key: value.detach().requires_grad_() for key, value in method.embed_all(batch).items()}
-    loss = method.loss(leaves, batch)["loss"]
+    loss = method.loss(leaves, batch.samples)["loss"]
     loss.backward()
     assert leaves["q"].grad is not None
     assert leaves["q"].grad.any()
@@ -100,7 +100,7 @@ def test_the_stopped_branch_matters_to_the_loss_and_gets_no_gradient(name: str) 
     generator = torch.Generator().manual_seed(2)
     noise = 0.1 * torch.randn(leaves[target].shape, generator=generator)
     perturbed = {**leaves, target: F.normalize(leaves[target].detach() + noise, dim=-1)}
-    assert abs(method.loss(perturbed, batch)["loss"].item() - loss.item()) > 1e-4
+    assert abs(method.loss(perturbed, batch.samples)["loss"].item() - loss.item()) > 1e-4
 
 
 @pytest.mark.parametrize("name", TEACHERS)

@@ -62,8 +62,8 @@ def test_the_loader_gives_the_pixels_and_labels_that_were_packed(tmp_path: Path)
     assert list(dataset.indices(TEST)) == [8]
     with eval_pass(dataset, DataConfig(image_size=32), np.arange(9), batch_size=9, threads=1) as batches:
         batch = next(batches)
-    assert np.array_equal(batch.views[0].numpy(), np.stack(images))
-    assert batch.labels.tolist() == [n % 2 for n in range(9)]
+    assert np.array_equal(batch.views[0][0].numpy(), np.stack(images))
+    assert batch.samples.labels.tolist() == [n % 2 for n in range(9)]
 
 
 def test_mean_and_std_are_those_of_the_training_pixels(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_jpegs_look_like_their_source_and_quality_counts(tmp_path: Path) -> None
         dataset = open_dataset(tmp_path / "x.beton")
         sizes[quality] = int(dataset.sizes[0])
         with eval_pass(dataset, DataConfig(image_size=96), np.arange(2), batch_size=2, threads=1) as batches:
-            difference = next(batches).views[0, 0].numpy().astype(int) - image
+            difference = next(batches).views[0][0, 0].numpy().astype(int) - image
         assert np.abs(difference).mean() < 3
     assert sizes[50] < sizes[90]
 
@@ -102,7 +102,7 @@ def test_one_pixel_images_go_through_packing_and_loader(tmp_path: Path) -> None:
     write_dataset(array_source(pixel, pixel, pixel), tmp_path / "x.beton")
     dataset = open_dataset(tmp_path / "x.beton")
     with eval_pass(dataset, DataConfig(image_size=4), np.arange(3), batch_size=3, threads=1) as batches:
-        views = next(batches).views.numpy()
+        views = next(batches).views[0].numpy()
     assert np.array_equal(views, np.broadcast_to(pixel, (1, 3, 4, 4, 3)))
 
 

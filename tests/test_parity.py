@@ -27,7 +27,7 @@ def direct_gradient(rank: int, name: str, encoder: EncoderConfig) -> dict[str, n
     method = build(name, encoder)
     batch = share_of_batch(method, SEED[encoder.norm])
     embeddings = method.embed_all(batch)
-    losses, report = method.loss(embeddings, batch), method.report(embeddings, batch)
+    losses, report = method.loss(embeddings, batch.samples), method.report(embeddings, logged=True)
     losses["loss"].backward()
     assert all(value.ndim == 0 and value.dtype == torch.float32 for value in losses.values())
     assert all(value.ndim == 0 and not value.requires_grad for value in report.values())

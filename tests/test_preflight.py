@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_contrastive import preflight, trial
-from dist_contrastive.batch import Batch, largest_micro, smallest_part
+from dist_contrastive.batch import Batch, Samples, largest_micro, smallest_part
 from dist_contrastive.config import (
     BatchConfig,
     CheckpointConfig,
@@ -181,12 +181,8 @@ def test_the_fewest_samples_are_those_that_a_real_pass_takes(name: str, norm: st
     fewest = fewest_samples(config)
     for size in range(1, fewest + 1):
         method = build_method(config).train()
-        batch = Batch(
-            views=torch.randn(config.augment.num_views, size, 3, 16, 16),
-            labels=torch.zeros(size, dtype=torch.int64),
-            indices=torch.arange(size),
-            epoch=0,
-        )
+        samples = Samples(labels=torch.zeros(size, dtype=torch.int64), indices=torch.arange(size), epoch=0)
+        batch = Batch((torch.randn(config.augment.num_views, size, 3, 16, 16),), samples)
         if size < fewest:
             with pytest.raises(ValueError, match=r"more than (1|one) value per channel"):
                 method.embed_all(batch)

@@ -122,7 +122,7 @@ def test_a_methods_loss_equals_the_papers_loops(name: str, num_views: int) -> No
     """BYOL's equation 2 summed over both directions (with more views: twice the mean over pairs); SimSiam's equation 2."""
     q, k = pair(num_views, 5)
     method = build(name, GROUP)
-    loss = method.loss({"z": k, "q": q, "k": k}, share_of_batch(method))["loss"].item()
+    loss = method.loss({"z": k, "q": q, "k": k}, share_of_batch(method).samples)["loss"].item()
     cosine = cosine_reference(q.double().numpy(), k.double().numpy())
     assert loss == pytest.approx(2 * (2 - 2 * cosine) if name == "byol" else -cosine, rel=1e-5, abs=1e-7)
 
@@ -131,11 +131,11 @@ def test_a_methods_loss_equals_the_papers_loops(name: str, num_views: int) -> No
 def test_the_loss_is_a_mean_over_samples(name: str) -> None:
     method = build(name, GROUP)
     assert not method.couples_samples
-    batch = share_of_batch(method)
+    samples = share_of_batch(method).samples
     q, k = pair(2, 8)
     parts = [slice(i, i + 1) for i in range(8)]
-    alone = [method.loss({"z": k[:, p], "q": q[:, p], "k": k[:, p]}, batch.samples(p))["loss"].item() for p in parts]
-    assert method.loss({"z": k, "q": q, "k": k}, batch)["loss"].item() == pytest.approx(np.mean(alone), rel=1e-5)
+    alone = [method.loss({"z": k[:, p], "q": q[:, p], "k": k[:, p]}, samples.part(p))["loss"].item() for p in parts]
+    assert method.loss({"z": k, "q": q, "k": k}, samples)["loss"].item() == pytest.approx(np.mean(alone), rel=1e-5)
 
 
 @each_method

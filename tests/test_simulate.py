@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_contrastive import distributed
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Samples
 from dist_contrastive.config import BatchConfig, EncoderConfig, TrainConfig, UserError
 from dist_contrastive.dry_run import dry_run
 from dist_contrastive.launch import connect
@@ -160,13 +160,13 @@ def test_collectives_are_those_of_the_closed_form(pool: ProcessPoolExecutor) -> 
 
 
 def collectives_of_a_real_step(rank: int, config: TrainConfig) -> tuple[Collective, ...]:
-    trainer = Trainer(config, connect(config), steps_per_epoch=100, dataset_sha256="")
+    trainer = Trainer(replace(config, log_every=1), connect(config), steps_per_epoch=100, dataset_sha256="")
     batch = example(config, config.batch.size // distributed.world_size())
     watch = Watch("cpu")
     for _ in range(2):
-        trainer.update(replace(batch, wants_report=True))
+        trainer.update(batch)
     with watch:
-        trainer.update(replace(batch, wants_report=True))
+        trainer.update(batch)
     return watch.collectives
 
 
@@ -246,68 +246,68 @@ def test_a_gpus_peak_is_the_simulated_one(norm: Any) -> None:
 # What goes wrong on a device
 
 
-def reads_an_item(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
+def reads_an_item(self: SimCLR, embeddings: Embeddings, samples: Samples) -> Losses:
     return {"loss": embeddings["z"].sum() * embeddings["z"].max().item()}
 
 
-def asks_a_question(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
+def asks_a_question(self: SimCLR, embeddings: Embeddings, samples: Samples) -> Losses:
     return {"loss": embeddings["z"].sum() if embeddings["z"].sum() > 0 else embeddings["z"].mean()}
 
 
-def makes_a_list(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
-    return {"loss": embeddings["z"].sum() * sum(batch.labels.tolist())}
+def makes_a_list(self: SimCLR, embeddings: Embeddings, samples: Samples) -> Losses:
+    return {"loss": embeddings["z"].sum() * sum(samples.labels.tolist())}
 
 
-def looks_for_positions(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
-    return {"loss": embeddings["z"].sum() + batch.labels.nonzero().sum()}
+def looks_for_positions(self: SimCLR, embeddings: Embeddings, samples: Samples) -> Losses:
+    return {"loss": embeddings["z"].sum() + samples.labels.nonzero().sum()}
 
 
-def indexes_by_a_mask(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
+def indexes_by_a_mask(self: SimCLR, embeddings: Embeddings, samples: Samples) -> Losses:
     return {"loss": embeddings["z"].sum() + embeddings["z"][embeddings["z"] > 0].sum()}
 
 
-def indexes_from_the_host(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
+def indexes_from_the_host(self: SimCLR, embeddings: Embeddings, samples: Samples) -> Losses:
     return {"loss": embeddings["z"].sum() + embeddings["z"][:, torch.tensor([0, 1])].sum()}
 
 
-def copies_to_the_host(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
-    return {"loss": embeddings["z"].sum() + float(batch.labels.cpu().numpy().sum())}
+def copies_to_the_host(self: SimCLR, embeddings: Embeddings, samples: Samples) -> Losses:
+    return {"loss": embeddings["z"].sum() + float(samples.labels.cpu().numpy().sum())}
 
 
-def copies_to_the_device(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
-    return {"loss": embeddings["z"].sum() * torch.arange(3.0).to(batch.labels.device).sum()}
+def copies_to_the_device(self: SimCLR, embeddings: Embeddings, samples: Samples) -> Losses:
+    return {"loss": embeddings["z"].sum() * torch.arange(3.0).to(samples.labels.device).sum()}
 
 
-def copies_what_is_not_pinned(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
-    return {"loss": embeddings["z"].sum() * torch.arange(3.0).to(batch.labels.device, non_blocking=True).sum()}
+def copies_what_is_not_pinned(self: SimCLR, embeddings: Embeddings, samples: Samples) -> Losses:
+    return {"loss": embeddings["z"].sum() * torch.arange(3.0).to(samples.labels.device, non_blocking=True).sum()}
 
 
-def waits(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
+def waits(self: SimCLR, embeddings: Embeddings, samples: Samples) -> Losses:
     torch.cuda.synchronize()
     return {"loss": embeddings["z"].sum()}
 
 
-def takes_eigenvalues(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
+def takes_eigenvalues(self: SimCLR, embeddings: Embeddings, samples: Samples) -> Losses:
     return {"loss": embeddings["z"].sum() + torch.linalg.eigvalsh(embeddings["z"][0].T @ embeddings["z"][0]).sum()}
 
 
-def adds_from_the_host(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
+def adds_from_the_host(self: SimCLR, embeddings: Embeddings, samples: Samples) -> Losses:
     return {"loss": (embeddings["z"] + torch.ones(embeddings["z"].shape[-1])).sum()}
 
 
-def multiplies_from_the_host(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
+def multiplies_from_the_host(self: SimCLR, embeddings: Embeddings, samples: Samples) -> Losses:
     return {"loss": (embeddings["z"] @ torch.ones(embeddings["z"].shape[-1], 2)).sum()}
 
 
-def sums_the_hosts(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
+def sums_the_hosts(self: SimCLR, embeddings: Embeddings, samples: Samples) -> Losses:
     return {"loss": embeddings["z"].sum() + distributed.all_reduce_sum(torch.ones(3)).sum().item()}
 
 
-def harmless(self: SimCLR, embeddings: Embeddings, batch: Batch) -> Losses:
-    return {"loss": (embeddings["z"] * torch.tensor(2.0)).sum() + torch.arange(3, device=batch.labels.device).sum()}
+def harmless(self: SimCLR, embeddings: Embeddings, samples: Samples) -> Losses:
+    return {"loss": (embeddings["z"] * torch.tensor(2.0)).sum() + torch.arange(3, device=samples.labels.device).sum()}
 
 
-Loss = Callable[[SimCLR, Embeddings, Batch], Losses]
+Loss = Callable[[SimCLR, Embeddings, Samples], Losses]
 
 
 def with_loss(loss: Loss) -> Simulation:

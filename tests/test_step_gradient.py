@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_contrastive import distributed
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import BatchConfig, EncoderConfig, UserError
 from dist_contrastive.methods.base import Embeddings, Losses, Report
 from dist_contrastive.methods.simclr import SimCLR
@@ -63,8 +63,8 @@ def test_batch_norm_takes_the_micro_batchs_statistics_in_both_passes(micro: int)
     """The gradient is that of the function in which each micro-batch is embedded by itself and the loss sees all."""
     method = build("simclr", BATCH).train()
     batch = share_of_batch(method)
-    parts = [method.embed(batch.samples(part)) for part in split(GLOBAL_BATCH, micro)]
-    method.loss({"z": torch.cat([part["z"] for part in parts], dim=1)}, batch)["loss"].backward()
+    parts = [method.embed(batch.part(part)) for part in split(GLOBAL_BATCH, micro)]
+    method.loss({"z": torch.cat([part["z"] for part in parts], dim=1)}, batch.samples)["loss"].backward()
     expected = gradient_of(method)
     again = build("simclr", BATCH)
     step_gradient(again, micro).compute(batch, 0)
@@ -127,7 +127,7 @@ class Noisy(SimCLR):
     draws: list[Tensor]
 
     def embed(self, batch: Batch) -> Embeddings:
-        noise = torch.rand(len(batch.labels))
+        noise = torch.rand(len(batch))
         self.draws.append(noise)
         return {"z": super().embed(batch)["z"] * noise[None, :, None]}
 
@@ -222,7 +222,7 @@ class Failing(SimCLR):
             raise torch.OutOfMemoryError("injected")
 
     def embed(self, batch: Batch) -> Embeddings:
-        self.largest = len(batch.labels)
+        self.largest = len(batch)
         self.fail("second pass" if torch.is_grad_enabled() else "embed")
         return super().embed(batch)
 
@@ -236,16 +236,16 @@ class Failing(SimCLR):
 
         self.encoder.body.layer3.register_forward_pre_hook(on_the_way)  # type: ignore[union-attr]
 
-    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+    def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
         distributed.gather_with_grad(embeddings["z"])
         self.fail("between two collectives")
-        losses = super().loss(embeddings, batch)
+        losses = super().loss(embeddings, samples)
         losses["loss"].register_hook(lambda gradient: self.fail("backward of the loss"))
         return losses
 
-    def report(self, embeddings: Embeddings, batch: Batch) -> Report:
+    def report(self, embeddings: Embeddings, *, logged: bool) -> Report:
         self.fail("report")
-        return super().report(embeddings, batch)
+        return super().report(embeddings, logged=logged)
 
 
 def fail_at(rank: int, moment: str, norm: EncoderConfig) -> tuple[int, list[str], dict[str, np.ndarray], list[float]]:
@@ -419,7 +419,7 @@ class Hungry(SimCLR):
     """Asks for memory by the sample, which the process's limit does not allow for more than two."""
 
     def embed(self, batch: Batch) -> Embeddings:
-        torch.empty(len(batch.labels) * 2**28).fill_(0)  # a GiB a sample
+        torch.empty(len(batch) * 2**28).fill_(0)  # a GiB a sample
         return super().embed(batch)
 
 
@@ -427,7 +427,8 @@ def really_out_of_memory(rank: int) -> tuple[int, dict[str, np.ndarray]]:
     method = build("simclr", GROUP)
     steps = step_gradient(method, 0)
     batch = share_of_batch(method)
-    method.loss(method.embed(batch.samples(slice(0, 2))), batch.samples(slice(0, 2)))  # threads and libraries are there
+    two = batch.part(slice(0, 2))
+    method.loss(method.embed(two), two.samples)  # threads and libraries are there
     method.__class__ = Hungry
     if rank == 1:
         limit = psutil.Process().memory_info().vms + 5 * 2**29

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from dist_contrastive import distributed
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import HeadConfig, TrainConfig, UserError
 from dist_contrastive.launch import connect
 from dist_contrastive.methods import METHODS
@@ -118,7 +118,7 @@ def noise(config: TrainConfig, seed: int = 0) -> Batch:
     torch.manual_seed(seed)
     rank_batch = config.batch.size // distributed.world_size()
     whole = example(config, config.batch.size)
-    return whole.samples(slice(distributed.rank() * rank_batch, (distributed.rank() + 1) * rank_batch))
+    return whole.part(slice(distributed.rank() * rank_batch, (distributed.rank() + 1) * rank_batch))
 
 
 def parameters_of(trainer: Trainer) -> np.ndarray:
@@ -155,7 +155,7 @@ def halve(rank: int, config: TrainConfig, stage: int) -> tuple[int, list[str], n
     forward = trainer.replicas.forward
 
     def failing(batch: Batch, *, targets: bool) -> dict[str, Tensor]:
-        if rank == 1 and len(batch.labels) > 2 and torch.is_grad_enabled():
+        if rank == 1 and len(batch) > 2 and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("injected")
         return forward(batch, targets=targets)
 
@@ -223,8 +223,8 @@ def not_a_number(rank: int, config: TrainConfig) -> tuple[str, bool]:
     if rank == 1:
         loss = trainer.method.loss
 
-        def broken(embeddings: Embeddings, batch: Batch) -> Losses:
-            return {name: value * float("nan") for name, value in loss(embeddings, batch).items()}
+        def broken(embeddings: Embeddings, samples: Samples) -> Losses:
+            return {name: value * float("nan") for name, value in loss(embeddings, samples).items()}
 
         trainer.method.loss = broken  # type: ignore[method-assign]
     with pytest.raises(NonFiniteError) as caught:

@@ -11,13 +11,13 @@ makes the host wait, and an image's result does not depend on the batch around i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dist_contrastive import rng
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import AugmentConfig
 from dist_contrastive.rng import Stream
 
@@ -233,30 +233,26 @@ class Augment:
         self._probabilities = torch.stack([torch.tensor(p).expand(config.num_views) for p in probabilities], dim=-1)
 
     def __call__(self, batch: Batch, device: torch.device) -> Batch:
-        """`batch` with views uint8 [V, B, S, S, 3] as one with float32 [V, B, 3, S, S] on `device`, normalized.
+        """`batch` with views uint8 [V, B, S, S, 3] as one on `device`, with normalized float32 [V, B, 3, S, S].
 
         The views are channels-last in memory. What an image becomes depends on (seed, epoch, sample index, view) alone.
         """
-        num_views, num_samples, side = batch.views.shape[:3]
+        (cropped,) = batch.views
+        num_views, num_samples, side = cropped.shape[:3]
         assert num_views == self.config.num_views, "the loader cut another number of views"
-        chosen, numbers = self._draw(batch)
-        views = _flat_on(device, batch.views)
+        chosen, numbers = self._draw(batch.samples)
+        views = _flat_on(device, cropped)
         out = torch.empty((len(views), side, side, 3), device=device).permute(0, 3, 1, 2)
         chunk = max(1, CPU_CHUNK_VALUES // (3 * side * side)) if device.type == "cpu" else len(views)
         for start in range(0, len(views), chunk):
             part = slice(start, start + chunk)
             self._apply(views[part], self._plan(chosen[part], numbers[part]).to(device), out[part])
-        return replace(
-            batch,
-            views=out.unflatten(0, (num_views, num_samples)),
-            labels=batch.labels.to(device, non_blocking=True),
-            indices=batch.indices.to(device, non_blocking=True),
-        )
+        return Batch((out.unflatten(0, (num_views, num_samples)),), batch.samples.to(device))
 
-    def _draw(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _draw(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """For the V · B images: which operations they get, bool [VB, 5], and the numbers in [0, 1) of how, [VB, 9]."""
         views = range(self.config.num_views)
-        keys = torch.stack([rng.sample_keys(self.seed, batch.epoch, batch.indices, view) for view in views])
+        keys = torch.stack([rng.sample_keys(self.seed, samples.epoch, samples.indices, view) for view in views])
         words = torch.tensor([int(word) for word in (*_CHOICES, *_FACTORS, *_ORDER, _SIGMA)])
         numbers = rng.unit(rng.fold(keys[:, :, None], words))
         num_choices = len(_CHOICES)

@@ -33,7 +33,7 @@ import torch
 from numba.core import event
 
 from dist_contrastive import rng
-from dist_contrastive.batch import Batch, Share, steps_per_epoch
+from dist_contrastive.batch import Batch, Samples, Share, steps_per_epoch
 from dist_contrastive.config import AugmentConfig, DataConfig, require
 from dist_contrastive.data.beton import TURBOJPEG_DECODE, Dataset
 from dist_contrastive.data.format import TRAIN
@@ -351,7 +351,7 @@ def _stop(
 
 
 class Epoch(Iterator[Batch]):
-    """One pass over some samples, as batches in a fixed order; `views` are uint8 [V, B, S, S, 3].
+    """One pass over some samples, as batches in a fixed order; views are uint8 [V, B, S, S, 3].
 
     Use it in a `with` block or to its end: both join its threads, as does `close()`, an error, or dropping the last
     reference. `len()` is the number of batches still to come.
@@ -465,7 +465,7 @@ class Epoch(Iterator[Batch]):
             for start, share in _shares(samples, num_parts):
                 parts.append(_Slice(share, out, start))
                 self._slices.put(parts[-1])
-            self._pending.append((Batch(views, labels, indices, self._epoch), parts))
+            self._pending.append((Batch((views,), Samples(labels, indices, self._epoch)), parts))
             self._submitted += 1
 
 

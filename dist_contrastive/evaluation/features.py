@@ -59,7 +59,7 @@ def extract(
         with frozen(encoder), pass_over_share as batches:
             for batch in batches:
                 signals.give_way()
-                images = to_normalized(batch.views[0], augment, device).contiguous(memory_format=torch.channels_last)
+                images = to_normalized(batch.views[0][0], augment, device).contiguous(memory_format=torch.channels_last)
                 parts.append(encoder(images).float())
         return torch.cat(parts)
 
@@ -96,7 +96,7 @@ def extract_views(
         with frozen(encoder), pass_over_share as batches:
             for batch in batches:
                 signals.give_way()
-                views = make_views(batch, device).views
+                (views,) = make_views(batch, device).views
                 images = views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
                 parts.append(encoder(images).float().unflatten(0, (num_views, -1)).transpose(0, 1))
         return torch.cat(parts).flatten(1)
@@ -113,5 +113,5 @@ def raw_pixels(
     with eval_pass(dataset, data, indices, batch_size=BATCH_SIZE, threads=threads) as batches:
         for batch in batches:
             signals.give_way()
-            parts.append(batch.views[0].flatten(1).to(device).float().div_(255))
+            parts.append(batch.views[0][0].flatten(1).to(device).float().div_(255))
     return torch.cat(parts)

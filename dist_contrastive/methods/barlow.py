@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import HeadConfig, MethodConfig, require
 from dist_contrastive.losses.redundancy import barlow_twins
 from dist_contrastive.methods.base import Embeddings, Losses, Method
@@ -35,6 +35,6 @@ class Barlow(Method):
     def embed(self, batch: Batch) -> Embeddings:
         return {"z": self.project(batch)}
 
-    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+    def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
         one, other = embeddings["z"].unbind(0)
         return {"loss": barlow_twins(one, other, off_diagonal=self.config.off_diagonal)}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_contrastive import distributed
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import MethodConfig
 from dist_contrastive.losses.statistics import effective_rank, positive_cosine
 from dist_contrastive.models.base import Encoder
@@ -71,18 +71,17 @@ class Method(nn.Module, ABC):
         return {**self.embed(batch), **self.targets(batch)}
 
     @abstractmethod
-    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+    def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
         """Float32 scalars, means over this rank's anchors; the loop knows `losses["loss"]` alone.
 
-        `batch` has the samples of `embeddings`: the whole rank batch, or a micro-batch where the loss does not couple
-        samples. Its views are not to be used.
+        `samples` are those of `embeddings`: the whole rank batch, or a micro-batch where the loss does not couple samples.
         """
 
-    def report(self, embeddings: Embeddings, batch: Batch) -> Report:
-        """Float32 scalars without gradient that are means over anchors; what costs, only if `batch.wants_report`."""
+    def report(self, embeddings: Embeddings, *, logged: bool) -> Report:
+        """Float32 scalars without gradient that are means over anchors; what costs, only where the step is `logged`."""
         z = embeddings["z"].detach()
         report = {"positive_cosine": positive_cosine(z)} if len(z) > 1 else {}
-        if batch.wants_report:
+        if logged:
             # The spectrum costs the cube of the rows: of the samples (of a grid's: times its positions) the first few are enough.
             rows_of_sample = z[:, 0].numel() // z.shape[-1]
             num_samples = max(1, MAX_SPECTRUM_ROWS // (rows_of_sample * distributed.world_size()))
@@ -110,7 +109,16 @@ class Method(nn.Module, ABC):
 
     def project(self, batch: Batch) -> Tensor:
         """Embeddings [V, B, E] in float32, not normalized: all views in one forward pass through encoder and projector."""
-        num_views, batch_size = batch.views.shape[:2]
-        keys = torch.cat([sample_keys(self.seed, batch.epoch, batch.indices, view) for view in range(num_views)])
-        features = self.encoder(batch.views.flatten(0, 1))
-        return self.projector(self.dropout(features, keys)).float().view(num_views, batch_size, -1)
+        (views,) = batch.views
+        return self.project_views(views, batch.samples)
+
+    def project_views(self, views: Tensor, samples: Samples) -> Tensor:
+        """As `project`, of the first V views [V, B, 3, S, S] alone."""
+        keys = torch.cat([self.keys(samples, view) for view in range(len(views))])
+        return (
+            self.projector(self.dropout(self.encoder(views.flatten(0, 1)), keys)).float().unflatten(0, views.shape[:2])
+        )
+
+    def keys(self, samples: Samples, view: int) -> Tensor:
+        """int64 [B]: what keys everything random about a view of these samples."""
+        return sample_keys(self.seed, samples.epoch, samples.indices, view)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import HeadConfig, MethodConfig, require_momentum
 from dist_contrastive.losses.regression import cross_view_cosine
 from dist_contrastive.methods.base import Embeddings, Losses, Method
@@ -50,9 +50,10 @@ class BYOL(Method):
         return {"z": z.detach(), "q": predictions}
 
     def targets(self, batch: Batch) -> Embeddings:
-        return {"k": self.teacher(batch.views.flatten(0, 1)).float().unflatten(0, batch.views.shape[:2])}
+        (views,) = batch.views
+        return {"k": self.teacher(views.flatten(0, 1)).float().unflatten(0, views.shape[:2])}
 
-    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+    def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
         # Equation 2 summed over both directions: two ordered pairs of views, each 2 - 2 cos.
         return {"loss": 2 * (2 - 2 * cross_view_cosine(embeddings["q"], embeddings["k"]))}
 

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_contrastive import distributed
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import HeadConfig, MethodConfig, UserError, require, require_positive
 from dist_contrastive.losses.infonce import indexed_nce
 from dist_contrastive.methods.base import Embeddings, Losses, Method, Report
 from dist_contrastive.models.base import Encoder
 from dist_contrastive.models.patches import RowContext, RowPredictions, cut_patches, grid_side
-from dist_contrastive.rng import fold, sample_keys
+from dist_contrastive.rng import fold
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,11 @@ class CPC(Method):
             )
 
     def embed(self, batch: Batch) -> Embeddings:
-        num_views, batch_size = batch.views.shape[:2]
-        patches = cut_patches(batch.views.flatten(0, 1), self.patch_size, self.patch_stride)
-        features = self.dropout(self.encoder(patches.contiguous(memory_format=torch.channels_last)), self._keys(batch))
+        (views,) = batch.views
+        num_views, batch_size = views.shape[:2]
+        patches = cut_patches(views.flatten(0, 1), self.patch_size, self.patch_stride)
+        features = self.encoder(patches.contiguous(memory_format=torch.channels_last))
+        features = self.dropout(features, self._patch_keys(batch.samples, num_views))
         z = self.projector(features).float().unflatten(0, (num_views * batch_size, self.side, self.side))
         predictions = self.predictions(self.context(z))
 
@@ -116,13 +118,12 @@ class CPC(Method):
 
         return {"z": unit(z), **{f"prediction_{k}": unit(p) for k, p in enumerate(predictions, start=1)}}
 
-    def _keys(self, batch: Batch) -> Tensor:
+    def _patch_keys(self, samples: Samples, num_views: int) -> Tensor:
         """A key int64 [V·B·G·G] for each patch."""
-        views = range(len(batch.views))
-        keys = torch.cat([sample_keys(self.seed, batch.epoch, batch.indices, view) for view in views])
+        keys = torch.cat([self.keys(samples, view) for view in range(num_views)])
         return fold(keys[:, None], torch.arange(self.side**2, device=keys.device)).flatten()
 
-    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+    def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
         z = embeddings["z"].flatten(0, 1)
         losses = {}
         for k in range(1, self.config.rows_ahead + 1):
@@ -136,11 +137,11 @@ class CPC(Method):
             )
         return {"loss": torch.stack(list(losses.values())).mean(), **losses}
 
-    def report(self, embeddings: Embeddings, batch: Batch) -> Report:
+    def report(self, embeddings: Embeddings, *, logged: bool) -> Report:
         cosines = [
             (embeddings[f"prediction_{k}"] * embeddings["z"][:, :, k:]).detach().sum(-1).mean()
             for k in range(1, self.config.rows_ahead + 1)
         ]
         # As one view: what two crops show at one position of their grids are no positives of each other.
         one_view = {"z": embeddings["z"].flatten(0, 1)[None]}
-        return {**super().report(one_view, batch), "positive_cosine": torch.stack(cosines).mean()}
+        return {**super().report(one_view, logged=logged), "positive_cosine": torch.stack(cosines).mean()}

@@ -7,7 +7,7 @@ import tyro
 from torch.nn import functional as F
 
 from dist_contrastive import distributed
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import MethodConfig, require
 from dist_contrastive.losses.margin import margin_loss
 from dist_contrastive.methods.base import Embeddings, Losses, Method
@@ -44,7 +44,7 @@ class Margin(Method):
     def embed(self, batch: Batch) -> Embeddings:
         return {"z": F.normalize(self.project(batch), dim=-1)}
 
-    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+    def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
         anchors = embeddings["z"].flatten(0, 1)
         loss = margin_loss(
             anchors,

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_contrastive import distributed
-from dist_contrastive.batch import Batch, balanced_slices
+from dist_contrastive.batch import Batch, Samples, balanced_slices
 from dist_contrastive.config import MethodConfig, require, require_momentum, require_positive
 from dist_contrastive.losses.infonce import queue_nce
 from dist_contrastive.losses.statistics import positive_cosine
 from dist_contrastive.methods.base import Embeddings, Losses, Method, Report
 from dist_contrastive.models.base import Encoder
 from dist_contrastive.models.teacher import Teacher
-from dist_contrastive.rng import Stream, fold, sample_keys
+from dist_contrastive.rng import Stream, fold
 
 QUERY, KEY = 0, 1  # the views
 
@@ -95,35 +95,34 @@ class MoCo(Method):
         keys are of shuffled samples (shuffling BN, He et al. 2020, section 3.3): a query and its key have few samples in
         common.
         """
-        queries = batch.view(QUERY)
-        query = torch.cat([self.project(queries.samples(group)) for group in self._groups(batch)], dim=1)
-        query = F.normalize(query, dim=-1)
+        queries = batch.views[0][QUERY : QUERY + 1]
+        groups = [(queries[:, group], batch.samples.part(group)) for group in self._groups(batch)]
+        query = F.normalize(torch.cat([self.project_views(*group) for group in groups], dim=1), dim=-1)
         return {"z": query.detach(), "q": query}
 
     def targets(self, batch: Batch) -> Embeddings:
         """Keys, in groups of other samples than the queries'."""
-        order = fold(sample_keys(self.seed, batch.epoch, batch.indices, KEY), int(Stream.SHUFFLE)).argsort()
-        images = batch.views[KEY][order]
+        order = fold(self.keys(batch.samples, KEY), int(Stream.SHUFFLE)).argsort()
+        images = batch.views[0][KEY][order]
         shuffled = torch.cat([self.teacher(images[group]).float() for group in self._groups(batch)])
         key = F.normalize(torch.empty_like(shuffled).index_copy_(0, order, shuffled), dim=-1)
         return {"k": key[None]}
 
     def _groups(self, batch: Batch) -> list[slice]:
         """Slices over the samples."""
-        num_samples = len(batch.labels)
-        return balanced_slices(num_samples, self.groups_of_norm(num_samples))
+        return balanced_slices(len(batch), self.groups_of_norm(len(batch)))
 
     def groups_of_norm(self, num_samples: int) -> int:
         """`norm_groups`, or fewer, so that each has at least two samples."""
         return max(1, min(self.norm_groups, num_samples // 2))
 
-    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+    def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
         loss = queue_nce(embeddings["q"][0], embeddings["k"][0], self.queue, temperature=self.config.temperature)
         return {"loss": loss}
 
-    def report(self, embeddings: Embeddings, batch: Batch) -> Report:
+    def report(self, embeddings: Embeddings, *, logged: bool) -> Report:
         pair = torch.cat([embeddings["q"], embeddings["k"]]).detach()
-        return {**super().report(embeddings, batch), "positive_cosine": positive_cosine(pair)}
+        return {**super().report(embeddings, logged=logged), "positive_cosine": positive_cosine(pair)}
 
     def teacher_momentum(self, progress: float) -> float:
         return self.config.momentum

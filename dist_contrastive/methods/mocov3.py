@@ -8,7 +8,7 @@ import tyro
 from torch.nn import functional as F
 
 from dist_contrastive import distributed
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import HeadConfig, MethodConfig, require_momentum, require_positive
 from dist_contrastive.losses.infonce import indexed_nce
 from dist_contrastive.methods.base import Embeddings, Losses, Method
@@ -58,10 +58,11 @@ class MoCoV3(Method):
         return {"z": z.detach(), "q": queries}
 
     def targets(self, batch: Batch) -> Embeddings:
-        keys = F.normalize(self.teacher(batch.views.flatten(0, 1)).float(), dim=-1)
-        return {"k": keys.unflatten(0, batch.views.shape[:2])}
+        (views,) = batch.views
+        keys = F.normalize(self.teacher(views.flatten(0, 1)).float(), dim=-1)
+        return {"k": keys.unflatten(0, views.shape[:2])}
 
-    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+    def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
         queries, keys = embeddings["q"], embeddings["k"]
         temperature = self.config.temperature
         own = torch.arange(queries.shape[1], device=queries.device) + distributed.row_offset(queries.shape[1])

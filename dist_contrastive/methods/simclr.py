@@ -11,7 +11,7 @@ import tyro
 from torch.nn import functional as F
 
 from dist_contrastive import distributed
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import MethodConfig, require_positive
 from dist_contrastive.losses.infonce import nt_xent, supervised
 from dist_contrastive.methods.base import Embeddings, Losses, Method
@@ -47,14 +47,14 @@ class SimCLR(Method):
     def embed(self, batch: Batch) -> Embeddings:
         return {"z": F.normalize(self.project(batch), dim=-1)}
 
-    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+    def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
         num_views = len(embeddings["z"])
         anchors = embeddings["z"].flatten(0, 1)
         everyone = distributed.gather_with_grad(anchors)
         offset = distributed.row_offset(len(anchors))
         temperature, decoupled = self.config.temperature, self.config.decoupled
         if self.config.needs_labels:
-            labels = distributed.all_gather(batch.labels.repeat(num_views))
+            labels = distributed.all_gather(samples.labels.repeat(num_views))
             loss = supervised(anchors, everyone, labels, offset=offset, temperature=temperature, decoupled=decoupled)
         else:
             loss = nt_xent(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from dist_contrastive.batch import Batch
+from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import HeadConfig, MethodConfig
 from dist_contrastive.losses.regression import cross_view_cosine
 from dist_contrastive.methods.base import Embeddings, Losses, Method
@@ -42,5 +42,5 @@ class SimSiam(Method):
         predictions = self.predictor(z.flatten(0, 1)).float().view_as(z)
         return {"z": z.detach(), "q": predictions}
 
-    def loss(self, embeddings: Embeddings, batch: Batch) -> Losses:
+    def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
         return {"loss": -cross_view_cosine(embeddings["q"], embeddings["z"])}

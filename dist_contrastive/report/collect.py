@@ -90,12 +90,12 @@ def example_views(config: TrainConfig, dataset: Dataset) -> tuple[np.ndarray, np
         seed=config.seed, epoch=0, share=Share(num_examples), threads=1,
     ) as batches:  # fmt: skip
         batch = Augment(config.augment, config.seed)(next(batches), torch.device("cpu"))
-    views = to_displayable(batch.views, config.augment).transpose(0, 1)
-    return views.numpy(), _images(config, dataset, batch.indices.numpy(), config.data.image_size)
+    views = to_displayable(batch.views[0], config.augment).transpose(0, 1)
+    return views.numpy(), _images(config, dataset, batch.samples.indices.numpy(), config.data.image_size)
 
 
 def _images(config: TrainConfig, dataset: Dataset, indices: np.ndarray, side: int) -> np.ndarray:
     """The images `indices` int64 [n] as evaluation sees them, uint8 [n, side, side, 3]."""
     data = replace(config.data, image_size=side)
     batches = eval_pass(dataset, data, indices, batch_size=256, threads=1)
-    return np.concatenate([batch.views[0].numpy() for batch in batches])
+    return np.concatenate([batch.views[0][0].numpy() for batch in batches])

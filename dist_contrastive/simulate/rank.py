@@ -33,6 +33,7 @@ def simulate_here(
     config = replace(
         config,
         batch=replace(config.batch, micro=size),
+        log_every=1 if logged else UPDATES + 1,
         launch=replace(config.launch, ranks=ranks, device="cuda", precision=precision),
     )
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -45,7 +46,7 @@ def simulate_here(
                 trainer.gradient.micro = _predicted_micro(trainer, config.batch.size // ranks)
                 memory.peak = memory.live
             embedding_bytes = _note_embeddings(trainer)
-            batch = _batch(config, config.batch.size // ranks, logged)
+            batch = _batch(config, config.batch.size // ranks)
             for _ in range(UPDATES):
                 watch.clear()
                 trainer.update(batch)
@@ -55,8 +56,8 @@ def simulate_here(
     AcceleratorState._reset_state(reset_partial_state=True)
     return Simulation(
         ranks=ranks,
-        rank_batch=len(batch.labels),
-        micro=min(trainer.gradient.micro or len(batch.labels), len(batch.labels)),
+        rank_batch=len(batch),
+        micro=min(trainer.gradient.micro or len(batch), len(batch)),
         precision=precision,
         parameters=sum(p.numel() for p in trainer.method.parameters() if p.requires_grad),
         model_bytes=sum(_size(x) for x in model),
@@ -83,12 +84,11 @@ def _predicted_micro(trainer: Trainer, rank_batch: int) -> int:
     return micro
 
 
-def _batch(config: TrainConfig, num_samples: int, logged: bool) -> Batch:
+def _batch(config: TrainConfig, num_samples: int) -> Batch:
     """A batch as the loader gives it to a GPU: in pinned memory."""
     batch = example(config, num_samples)
-    return replace(
-        batch, views=pin(batch.views), labels=pin(batch.labels), indices=pin(batch.indices), wants_report=logged
-    )
+    samples = replace(batch.samples, labels=pin(batch.samples.labels), indices=pin(batch.samples.indices))
+    return Batch(tuple(map(pin, batch.views)), samples)
 
 
 def _note_embeddings(trainer: Trainer) -> list[int]:

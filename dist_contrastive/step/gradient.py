@@ -18,14 +18,14 @@ out of memory, all halve the micro-batch and repeat the step.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dist_contrastive import distributed, rng
-from dist_contrastive.batch import Batch, balanced_slices, smallest_part
+from dist_contrastive.batch import Batch, Samples, balanced_slices, smallest_part
 from dist_contrastive.config import UserError
 from dist_contrastive.methods.base import Embeddings, Losses, Report
 from dist_contrastive.models.batch_statistics import (
@@ -86,8 +86,10 @@ class StepGradient:
         self._quoted = ""
         """How memory ran out on this rank: the error's text, or nothing."""
 
-    def compute(self, batch: Batch, step: int) -> Outcome:
+    def compute(self, batch: Batch, step: int, *, logged: bool = True) -> Outcome:
         """The gradient of the update that follows `step` others, by this rank's share `batch`, as the loader gave it.
+
+        Where the step is `logged`, its report has what costs, too.
 
         Raises `UserError` on all ranks where even the smallest micro-batch does not fit.
         """
@@ -97,14 +99,14 @@ class StepGradient:
         while True:
             with self.replicas.collecting():
                 try:
-                    return self._try(batch, step)
+                    return self._try(batch, step, logged)
                 except distributed.RanksFailed as failure:
                     failed = failure.ranks
                     self.replicas.discard()
             for buffer, before in zip(running_statistics(self._norms), statistics, strict=True):
                 buffer.copy_(before)
             release_memory(self._device)
-            self._halve(len(batch.labels), step, failed)
+            self._halve(len(batch), step, failed)
 
     def attempt_update(self, step: int) -> None:
         """Let the optimizer update by the gradient, after `step` other updates.
@@ -143,14 +145,12 @@ class StepGradient:
             f"samples instead of {micro}"
         )
 
-    def _try(self, batch: Batch, step: int) -> Outcome:
+    def _try(self, batch: Batch, step: int, logged: bool) -> Outcome:
         """This rank's gradient; `RanksFailed` on all ranks where any is out of memory."""
-        parts = split(len(batch.labels), self.micro)
+        parts = split(len(batch), self.micro)
         # What the loss reads goes to the device at once; views go one micro-batch at a time, with their augmentation.
-        labels, indices = (x.to(self._device, non_blocking=True) for x in (batch.labels, batch.indices))
-        whole = replace(batch, labels=labels, indices=indices)
-        losses, embeddings = self._passes(batch, whole, parts, step)
-        report = self._attempt(lambda: self.method.report(embeddings, whole))
+        losses, embeddings = self._passes(batch, batch.samples.to(self._device), parts, step)
+        report = self._attempt(lambda: self.method.report(embeddings, logged=logged))
         return Outcome({name: loss.detach() for name, loss in losses.items()}, report, embeddings)
 
     def _attempt(self, call: Callable[[], T]) -> T:
@@ -164,21 +164,21 @@ class StepGradient:
     def _embed(self, batch: Batch, parts: Sequence[slice], number: int, step: int, *, targets: bool) -> Embeddings:
         """Embeddings of micro-batch `number`, with targets or without; the same ones each time it is called."""
         torch.manual_seed(rng.step_seed(self._seed, step, distributed.rank()) + number)
-        samples = self._augmentation(batch.samples(parts[number]), self._device)
+        samples = self._augmentation(batch.part(parts[number]), self._device)
         return self.replicas.forward(samples, targets=targets)
 
     def _passes(
-        self, batch: Batch, whole: Batch, parts: Sequence[slice], step: int, rehearsed: int | None = None
+        self, batch: Batch, samples: Samples, parts: Sequence[slice], step: int, rehearsed: int | None = None
     ) -> tuple[Losses, Embeddings]:
-        """The gradient of `whole`, whose views are in `batch`, cut into `parts`; losses and embeddings.
+        """The gradient of `batch`, cut into `parts`, whose `samples` are on the device; losses and embeddings.
 
         Only the first `rehearsed` parts are passed, where that is given, and stand for the others too.
         """
         passes = self._cached if self.method.couples_samples else self._accumulated
-        return passes(batch, whole, parts, step, len(parts) if rehearsed is None else rehearsed)
+        return passes(batch, samples, parts, step, len(parts) if rehearsed is None else rehearsed)
 
     def _cached(
-        self, batch: Batch, whole: Batch, parts: Sequence[slice], step: int, num_passes: int
+        self, batch: Batch, samples: Samples, parts: Sequence[slice], step: int, num_passes: int
     ) -> tuple[Losses, Embeddings]:
         """Gradient caching. With a single micro-batch the first pass keeps its graph, and there is no second."""
         single = len(parts) == 1
@@ -199,7 +199,7 @@ class StepGradient:
         if not single:
             first.clear()
         leaves = {name: value.requires_grad_() for name, value in embeddings.items()}
-        losses = self._attempt(lambda: self._loss_gradient(leaves, whole))
+        losses = self._attempt(lambda: self._loss_gradient(leaves, samples))
         embeddings = {name: value.detach() for name, value in leaves.items()}
         gradients = {name: value.grad for name, value in leaves.items()}
 
@@ -216,13 +216,13 @@ class StepGradient:
         self._attempt(second_pass)
         return losses, embeddings
 
-    def _loss_gradient(self, leaves: Embeddings, batch: Batch) -> Losses:
-        losses = self.method.loss(leaves, batch)
+    def _loss_gradient(self, leaves: Embeddings, samples: Samples) -> Losses:
+        losses = self.method.loss(leaves, samples)
         self.replicas.backward(losses["loss"])
         return losses
 
     def _accumulated(
-        self, batch: Batch, whole: Batch, parts: Sequence[slice], step: int, num_passes: int
+        self, batch: Batch, samples: Samples, parts: Sequence[slice], step: int, num_passes: int
     ) -> tuple[Losses, Embeddings]:
         """Plain accumulation, for a loss that is a mean over samples."""
 
@@ -231,10 +231,8 @@ class StepGradient:
             for number, part in enumerate(parts[:num_passes]):
                 with statistics_share(self._norms, parts, number):
                     embeddings = self._embed(batch, parts, number, step, targets=True)
-                share = (part.stop - part.start) / len(whole.labels)
-                losses = {
-                    name: share * loss for name, loss in self.method.loss(embeddings, whole.samples(part)).items()
-                }
+                share = (part.stop - part.start) / len(samples)
+                losses = {name: share * loss for name, loss in self.method.loss(embeddings, samples.part(part)).items()}
                 self.replicas.backward(losses["loss"])
                 all_losses.append({name: loss.detach() for name, loss in losses.items()})
                 all_embeddings.append({name: value.detach() for name, value in embeddings.items()})
@@ -250,16 +248,17 @@ class StepGradient:
         For the memory plan: the samples may be noise. Leaves no trace but memory that allocators keep. `RanksFailed` on
         all ranks where any is out of memory.
         """
-        micro = len(batch.labels)
+        micro = len(batch)
         parts = [slice(start, min(start + micro, rank_batch)) for start in range(0, rank_batch, micro)]
-        labels = batch.labels.to(self._device).repeat(len(parts))[:rank_batch]
+        of_parts = (x.to(self._device).repeat(len(parts)) for x in (batch.samples.labels, batch.samples.indices))
+        labels, indices = (x[:rank_batch] for x in of_parts)
         with self._without_trace():
-            self._passes(batch, replace(batch, labels=labels), parts, 0, rehearsed=1)
+            self._passes(batch, Samples(labels, indices, epoch=0), parts, 0, rehearsed=1)
 
     def embedding_bytes(self, batch: Batch) -> int:
         """Size of the embeddings of `batch` in bytes."""
         with torch.no_grad(), self._without_trace():
-            embeddings = self._attempt(lambda: self._embed(batch, split(len(batch.labels), 0), 0, 0, targets=True))
+            embeddings = self._attempt(lambda: self._embed(batch, split(len(batch), 0), 0, 0, targets=True))
         return sum(value.numel() * value.element_size() for value in embeddings.values())
 
     @contextmanager

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from dist_contrastive import distributed
-from dist_contrastive.batch import Batch, largest_micro
+from dist_contrastive.batch import Batch, Samples, largest_micro
 from dist_contrastive.config import TrainConfig, UserError
 from dist_contrastive.optim import STATES_PER_PARAMETER
 from dist_contrastive.step.gradient import WHAT_NEEDS_LESS, StepGradient
@@ -138,13 +138,9 @@ def predict(gradient: StepGradient, config: TrainConfig, rank_batch: int) -> Ste
 def example(config: TrainConfig, num_samples: int) -> Batch:
     """A batch as the loader would give it, of noise."""
     side = config.data.image_size
-    return Batch(
-        views=torch.randint(0, 256, (config.augment.num_views, num_samples, side, side, 3), dtype=torch.uint8),
-        labels=torch.arange(num_samples) // 2,
-        indices=torch.arange(num_samples),
-        epoch=0,
-        wants_report=False,
-    )
+    views = torch.randint(0, 256, (config.augment.num_views, num_samples, side, side, 3), dtype=torch.uint8)
+    indices = torch.arange(num_samples)
+    return Batch((views,), Samples(labels=indices // 2, indices=indices, epoch=0))
 
 
 def rounded(micro: int) -> int:
