@@ -17,6 +17,7 @@ from dist_contrastive.checkpoint import Checkpoint, CheckpointStore, Saver, load
 from dist_contrastive.config import TrainConfig, UserError, require, to_dict
 from dist_contrastive.data.augment import Augment
 from dist_contrastive.methods import Method, method_of
+from dist_contrastive.methods.base import MethodSettings
 from dist_contrastive.models.encoders import build_encoder
 from dist_contrastive.optim import build_optimizer, learning_rate, peak_learning_rate
 from dist_contrastive.preflight import device_and_precision, zero_launch
@@ -38,7 +39,7 @@ def build_method(config: TrainConfig) -> Method:
     cls = method_of(config)
     torch.manual_seed(rng.step_seed(config.seed, 0, 0))
     encoder = build_encoder(config.encoder, config.data.image_size)
-    return cls(config.method, encoder, seed=config.seed)
+    return cls(MethodSettings(config.method, encoder, config.seed))
 
 
 class Trainer:

@@ -9,7 +9,7 @@ from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import EncoderConfig, HeadConfig
 from dist_contrastive.distributed import rank, world_size
 from dist_contrastive.methods import METHODS, Method
-from dist_contrastive.methods.base import Losses
+from dist_contrastive.methods.base import Losses, MethodSettings
 from dist_contrastive.models.encoders import build_encoder
 from dist_contrastive.step.gradient import Augmentation, StepGradient
 from dist_contrastive.step.replicas import DataParallel
@@ -21,7 +21,7 @@ SIDE = 16
 def build(name: str, encoder: EncoderConfig) -> Method:
     torch.manual_seed(0)
     config = METHODS[name].Config(projector=HeadConfig(layers=2, hidden_size=32, output_size=16))
-    method = METHODS[name](config, build_encoder(encoder, SIDE), seed=0)
+    method = METHODS[name](MethodSettings(config, build_encoder(encoder, SIDE), seed=0))
     # timm starts residual branches at zero, which would hide their gradients.
     for parameter in method.parameters():
         if parameter.ndim == 1 and not parameter.any():

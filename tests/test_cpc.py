@@ -13,7 +13,7 @@ from torch import Tensor
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import EncoderConfig, HeadConfig, UserError
-from dist_contrastive.methods.base import Embeddings
+from dist_contrastive.methods.base import Embeddings, MethodSettings
 from dist_contrastive.methods.cpc import CPC, CPCConfig
 from dist_contrastive.models.encoders import build_encoder
 from tests.harness import run_ranks
@@ -27,7 +27,7 @@ def cpc(encoder: EncoderConfig = GROUP, *, image_size: int = 16, **options: Any)
     torch.manual_seed(0)
     projector = HeadConfig(layers=1, output_size=8)
     config = CPCConfig(projector=projector, context_size=8, **options)
-    return CPC(config, build_encoder(encoder, image_size), seed=0)
+    return CPC(MethodSettings(config, build_encoder(encoder, image_size), seed=0))
 
 
 def small_grid(encoder: EncoderConfig = GROUP) -> CPC:

@@ -13,6 +13,7 @@ from dist_contrastive.config import EncoderConfig
 from dist_contrastive.losses import blocks
 from dist_contrastive.losses.infonce import indexed_nce, nt_xent, queue_nce, supervised
 from dist_contrastive.losses.margin import margin_loss
+from dist_contrastive.methods.base import MethodSettings
 from dist_contrastive.methods.simclr import SimCLR, SimCLRConfig
 from dist_contrastive.models.encoders import build_encoder
 from dist_contrastive.step.memory import TensorCount
@@ -215,7 +216,7 @@ def test_ranks_give_the_loss_and_gradient_of_the_whole_batch(num_ranks: int) -> 
 def simclr_of_share(rank: int, z: np.ndarray, labels: np.ndarray, config: SimCLRConfig) -> tuple[float, np.ndarray]:
     """As `loss_of_share`, through SimCLR's own gathers of embeddings and labels."""
     encoder = build_encoder(EncoderConfig(name="resnet10_w16", stem="small"), 8)
-    method = SimCLR(config, encoder, seed=0)
+    method = SimCLR(MethodSettings(config, encoder, seed=0))
     share = z.shape[1] // distributed.world_size()
     mine = slice(rank * share, (rank + 1) * share)
     rows = torch.from_numpy(z[:, mine].copy()).requires_grad_()

@@ -85,7 +85,7 @@ def global_batches(dataset: Dataset, num_ranks: int = 1, **options: Any) -> list
             torch.cat([batch.views[0] for batch in batches], dim=1),
             torch.cat([batch.samples.labels for batch in batches]),
             torch.cat([batch.samples.indices for batch in batches]),
-            batches[0].epoch,
+            batches[0].samples.epoch,
         )
         for batches in zip(*of_ranks, strict=True)
     ]
@@ -258,7 +258,7 @@ def test_views_are_torchvisions_antialiased_bilinear_crops(dataset, pixels, size
 def test_raw_images_are_copied_exactly_where_nothing_is_resized(dataset, pixels):
     raw = [i for i in range(NUM_SAMPLES) if pixels[i].shape == (16, 16, 3) and dataset.is_jpeg[i] == 0]
     (batch,) = eval_pass(dataset, DataConfig(image_size=16), np.array(raw), batch_size=50, threads=2)
-    np.testing.assert_array_equal(batch.views[0], np.stack([pixels[i] for i in raw]))
+    np.testing.assert_array_equal(batch.views[0][0], np.stack([pixels[i] for i in raw]))
 
 
 def test_jpegs_are_decoded_as_pillow_does(tmp_path):
@@ -267,7 +267,7 @@ def test_jpegs_are_decoded_as_pillow_does(tmp_path):
     encoded.append(jpeg(picture(40, 40, 9)[:, :, 0]))  # one channel becomes three
     dataset = open_dataset(write_beton(tmp_path / "jpeg.beton", encoded))
     (batch,) = eval_pass(dataset, DataConfig(image_size=40), np.arange(len(encoded)), batch_size=50, threads=2)
-    for view, data in zip(batch.views[0].numpy(), encoded, strict=True):
+    for view, data in zip(batch.views[0][0].numpy(), encoded, strict=True):
         expected = decoded(data)
         difference = np.abs(view.astype(int) - (expected if expected.ndim == 3 else expected[..., None]))
         assert difference.max() <= JPEG_TOLERANCE
@@ -303,7 +303,7 @@ def test_an_eval_pass_over_nothing_gives_nothing(dataset):
 def test_evaluation_sees_the_centred_square(dataset, pixels, fraction):
     test = dataset.indices(TEST)
     data = DataConfig(image_size=SIZE, eval_crop=fraction)
-    views = torch.cat([batch.views[0] for batch in eval_pass(dataset, data, test, batch_size=3, threads=2)])
+    views = torch.cat([batch.views[0][0] for batch in eval_pass(dataset, data, test, batch_size=3, threads=2)])
     for view, sample in zip(views, test, strict=True):
         height, width = pixels[sample].shape[:2]
         side = max(1, round(fraction * min(height, width)))
@@ -494,7 +494,7 @@ def test_packed_file_is_not_needed_by_name_once_it_is_open(tmp_path: Path):
     dataset = open_dataset(path)
     path.unlink()
     (batch,) = eval_pass(dataset, DataConfig(image_size=16), np.arange(8), batch_size=8, threads=1)
-    np.testing.assert_array_equal(batch.views[0], np.stack(images))
+    np.testing.assert_array_equal(batch.views[0][0], np.stack(images))
 
 
 def test_close_does_not_wait_for_ever_for_a_stuck_thread(small, monkeypatch):

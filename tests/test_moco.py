@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, UserError
-from dist_contrastive.methods.base import Method
+from dist_contrastive.methods.base import Method, MethodSettings
 from dist_contrastive.methods.moco import MoCo, MoCoConfig
 from dist_contrastive.methods.mocov3 import MoCoV3, MoCoV3Config
 from dist_contrastive.models.encoders import build_encoder
@@ -29,7 +29,7 @@ HEAD = HeadConfig(layers=2, hidden_size=32, output_size=16)
 def small_moco(*, seed: int = 0, encoder: EncoderConfig = GROUP, norm_groups: int = 8) -> MoCo:
     torch.manual_seed(seed)
     config = MoCoConfig(projector=HEAD, queue=24, norm_groups=norm_groups)
-    return MoCo(config, build_encoder(encoder, SIDE), seed=0)
+    return MoCo(MethodSettings(config, build_encoder(encoder, SIDE), seed=0))
 
 
 def gradients(method: Method, loss: Tensor) -> list[Tensor]:

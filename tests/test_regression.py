@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_contrastive import distributed
 from dist_contrastive.config import EncoderConfig, HeadConfig, UserError
 from dist_contrastive.losses.regression import cross_view_cosine
-from dist_contrastive.methods.base import Method
+from dist_contrastive.methods.base import Method, MethodSettings
 from dist_contrastive.methods.byol import BYOL, BYOLConfig
 from dist_contrastive.methods.simsiam import SimSiam, SimSiamConfig
 from dist_contrastive.models.encoders import build_encoder
@@ -187,7 +187,7 @@ def test_initial_weights_depend_on_torchs_seed_alone(method: Any, config: Any) -
     for seed in (0, 1):
         torch.manual_seed(7)
         head = HeadConfig(hidden_size=32, output_size=16)
-        built = method(config(projector=head), build_encoder(GROUP, 16), seed=seed)
+        built = method(MethodSettings(config(projector=head), build_encoder(GROUP, 16), seed))
         states.append(built.state_dict())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())

@@ -1,5 +1,7 @@
 """Methods, each one file under the contract of `base.Method`."""
 
+from typing import Any
+
 from dist_contrastive.config import TrainConfig, require
 from dist_contrastive.methods.barlow import Barlow
 from dist_contrastive.methods.base import Method
@@ -12,20 +14,13 @@ from dist_contrastive.methods.simclr import SimCLR
 from dist_contrastive.methods.simsiam import SimSiam
 from dist_contrastive.methods.vicreg import VICReg
 
-METHODS: dict[str, type[Method]] = {
-    "margin": Margin,
-    "simclr": SimCLR,
-    "moco": MoCo,
-    "mocov3": MoCoV3,
-    "byol": BYOL,
-    "simsiam": SimSiam,
-    "barlow": Barlow,
-    "vicreg": VICReg,
-    "cpc": CPC,
+METHODS: dict[str, type[Method[Any]]] = {
+    cls.Config.name: cls for cls in (Margin, SimCLR, MoCo, MoCoV3, BYOL, SimSiam, Barlow, VICReg, CPC)
 }
+"""By the names that their configs give them."""
 
 
-def method_of(config: TrainConfig) -> type[Method]:
+def method_of(config: TrainConfig) -> type[Method[Any]]:
     """The class of the method that `config` names; `UserError` where it can't learn from that number of views."""
     cls = METHODS[config.method.name]
     views, most = config.augment.num_views, cls.max_views

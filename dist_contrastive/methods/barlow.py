@@ -25,11 +25,9 @@ class BarlowConfig(MethodConfig):
         require(self.off_diagonal >= 0, f"--method.off-diagonal {self.off_diagonal}: give 0 or more")
 
 
-class Barlow(Method):
+class Barlow(Method[BarlowConfig]):
     """The cross-correlation of two views' embeddings over the global batch should be the identity."""
 
-    Config = BarlowConfig
-    config: BarlowConfig
     max_views = 2
 
     def embed(self, batch: Batch) -> Embeddings:

@@ -1,7 +1,8 @@
 """What every method is: a module that turns a batch into losses."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from dist_contrastive.models.base import Encoder
 from dist_contrastive.models.heads import KeyedDropout, build_head
 from dist_contrastive.rng import sample_keys
 
+ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 Losses = dict[str, Tensor]
 Report = dict[str, Tensor]
 Embeddings = dict[str, Tensor]
@@ -23,7 +25,17 @@ MAX_SPECTRUM_ROWS = 2048
 """Of how many embeddings of a global batch the effective rank is taken."""
 
 
-class Method(nn.Module, ABC):
+@dataclass(frozen=True)
+class MethodSettings(Generic[ConfigT]):
+    """What a method is made from."""
+
+    config: ConfigT
+    encoder: Encoder
+    seed: int
+    """The run's, for what is random about a sample."""
+
+
+class Method(nn.Module, ABC, Generic[ConfigT]):
     """Encoder, projector, and the loss on them, in two halves.
 
     `embed` and `targets` hold every parameter and treat each sample by itself (but for batch statistics), so that they may
@@ -33,8 +45,8 @@ class Method(nn.Module, ABC):
     the global batch.
     """
 
-    Config: ClassVar[type[MethodConfig]] = MethodConfig
-    config: MethodConfig
+    Config: ClassVar[type[MethodConfig]]
+    """The class of its config, which a method names in its bases: `class SimCLR(Method[SimCLRConfig])`."""
     min_views: ClassVar[int] = 2
     """How many views of a sample the loss needs."""
     max_views: ClassVar[int | None] = None
@@ -46,13 +58,20 @@ class Method(nn.Module, ABC):
     """Whether the loss of a sample depends on other samples of its batch. If not, the loss is a mean over samples, and
     micro-batches need no gradient caching."""
 
-    def __init__(self, config: MethodConfig, encoder: Encoder, *, seed: int) -> None:
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            if get_origin(base) is Method:
+                (cls.Config,) = get_args(base)
+
+    def __init__(self, settings: MethodSettings[ConfigT]) -> None:
         super().__init__()
-        self.config = config
-        self.seed = seed
-        self.encoder = encoder
-        self.dropout = KeyedDropout(encoder.config.dropout)
-        self.projector = build_head(config.projector, encoder.feature_size, encoder.config.norm)
+        self.config = settings.config
+        self.seed = settings.seed
+        self.encoder = settings.encoder
+        self.norm = self.encoder.config.norm
+        self.dropout = KeyedDropout(self.encoder.config.dropout)
+        self.projector = build_head(self.config.projector, self.encoder.feature_size, self.norm)
 
     @abstractmethod
     def embed(self, batch: Batch) -> Embeddings:

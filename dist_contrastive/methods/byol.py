@@ -8,8 +8,7 @@ import tyro
 from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import HeadConfig, MethodConfig, require_momentum
 from dist_contrastive.losses.regression import cross_view_cosine
-from dist_contrastive.methods.base import Embeddings, Losses, Method
-from dist_contrastive.models.base import Encoder
+from dist_contrastive.methods.base import Embeddings, Losses, Method, MethodSettings
 from dist_contrastive.models.heads import build_predictor
 from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.schedules import ema_momentum
@@ -31,17 +30,15 @@ class BYOLConfig(MethodConfig):
         require_momentum("--method.momentum", self.momentum)
 
 
-class BYOL(Method):
+class BYOL(Method[BYOLConfig]):
     """Each view's prediction looks for what the teacher makes of the other view."""
 
-    Config = BYOLConfig
-    config: BYOLConfig
     couples_samples = False
     target = "k"  # equation 3
 
-    def __init__(self, config: BYOLConfig, encoder: Encoder, *, seed: int) -> None:
-        super().__init__(config, encoder, seed=seed)
-        self.predictor = build_predictor(config.predictor, config.projector.output_size, encoder.config.norm)
+    def __init__(self, settings: MethodSettings[BYOLConfig]) -> None:
+        super().__init__(settings)
+        self.predictor = build_predictor(self.config.predictor, self.config.projector.output_size, self.norm)
         self.teacher = Teacher(self.student)
 
     def embed(self, batch: Batch) -> Embeddings:

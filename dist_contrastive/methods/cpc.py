@@ -13,8 +13,7 @@ from dist_contrastive import distributed
 from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import HeadConfig, MethodConfig, UserError, require, require_positive
 from dist_contrastive.losses.infonce import indexed_nce
-from dist_contrastive.methods.base import Embeddings, Losses, Method, Report
-from dist_contrastive.models.base import Encoder
+from dist_contrastive.methods.base import Embeddings, Losses, Method, MethodSettings, Report
 from dist_contrastive.models.patches import RowContext, RowPredictions, cut_patches, grid_side
 from dist_contrastive.rng import fold
 
@@ -56,7 +55,7 @@ class CPCConfig(MethodConfig):
         return patch_size, self.patch_stride or max(1, patch_size // 2)
 
 
-class CPC(Method):
+class CPC(Method[CPCConfig]):
     """From the rows of patches above, tell which patch comes `k` rows below, among those of the global batch.
 
     The candidates of a prediction are the patches of all positions that a prediction of that k may be about, of all images
@@ -64,12 +63,11 @@ class CPC(Method):
     receive gradient. Attributes: `patch_size`, `patch_stride` in pixels; `side`, the grid's.
     """
 
-    Config = CPCConfig
-    config: CPCConfig
     min_views = 1
 
-    def __init__(self, config: CPCConfig, encoder: Encoder, *, seed: int) -> None:
-        super().__init__(config, encoder, seed=seed)
+    def __init__(self, settings: MethodSettings[CPCConfig]) -> None:
+        super().__init__(settings)
+        config, encoder = self.config, self.encoder
         self.patch_size, self.patch_stride = config.grid(encoder.image_size)
         self.side = grid_side(encoder.image_size, self.patch_size, self.patch_stride)
         if self.side <= config.rows_ahead:

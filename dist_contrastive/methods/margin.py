@@ -32,14 +32,11 @@ class MarginConfig(MethodConfig):
         require(0 < self.margin <= 2, f"--method.margin {self.margin}: give a distance in (0, 2]")
 
 
-class Margin(Method):
+class Margin(Method[MarginConfig]):
     """Pairs over the embeddings of all ranks, all views in one forward pass.
 
     Embeddings are of unit length: the margin then has a scale, and the loss cannot be lowered by growing them.
     """
-
-    Config = MarginConfig
-    config: MarginConfig
 
     def embed(self, batch: Batch) -> Embeddings:
         return {"z": F.normalize(self.project(batch), dim=-1)}

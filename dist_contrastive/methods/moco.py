@@ -14,8 +14,7 @@ from dist_contrastive.batch import Batch, Samples, balanced_slices
 from dist_contrastive.config import MethodConfig, require, require_momentum, require_positive
 from dist_contrastive.losses.infonce import queue_nce
 from dist_contrastive.losses.statistics import positive_cosine
-from dist_contrastive.methods.base import Embeddings, Losses, Method, Report
-from dist_contrastive.models.base import Encoder
+from dist_contrastive.methods.base import Embeddings, Losses, Method, MethodSettings, Report
 from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.rng import Stream, fold
 
@@ -65,25 +64,23 @@ class MoCoConfig(MethodConfig):
         return []
 
 
-class MoCo(Method):
+class MoCo(Method[MoCoConfig]):
     """A query looks for its key among the keys of past batches.
 
     The queue is a buffer that all ranks fill with the keys of all ranks, so it is the same on each without ever being sent.
     """
 
-    Config = MoCoConfig
-    config: MoCoConfig
     max_views = 2
     couples_samples = False
     target = "k"  # section 3.2
     queue: Tensor
     queue_pointer: Tensor
 
-    def __init__(self, config: MoCoConfig, encoder: Encoder, *, seed: int) -> None:
-        super().__init__(config, encoder, seed=seed)
-        self.norm_groups = 1 if encoder.config.norm == "group" else config.norm_groups
+    def __init__(self, settings: MethodSettings[MoCoConfig]) -> None:
+        super().__init__(settings)
+        self.norm_groups = 1 if self.norm == "group" else self.config.norm_groups
         self.teacher = Teacher(self.student)
-        rows = F.normalize(torch.randn(config.queue, config.projector.output_size), dim=1)
+        rows = F.normalize(torch.randn(self.config.queue, self.config.projector.output_size), dim=1)
         self.register_buffer("queue", rows)
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
 

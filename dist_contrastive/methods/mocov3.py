@@ -11,8 +11,7 @@ from dist_contrastive import distributed
 from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import HeadConfig, MethodConfig, require_momentum, require_positive
 from dist_contrastive.losses.infonce import indexed_nce
-from dist_contrastive.methods.base import Embeddings, Losses, Method
-from dist_contrastive.models.base import Encoder
+from dist_contrastive.methods.base import Embeddings, Losses, Method, MethodSettings
 from dist_contrastive.models.heads import build_predictor
 from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.schedules import ema_momentum
@@ -39,17 +38,15 @@ class MoCoV3Config(MethodConfig):
         require_positive("--method.temperature", self.temperature)
 
 
-class MoCoV3(Method):
+class MoCoV3(Method[MoCoV3Config]):
     """Each view's prediction looks for the teacher's embedding of the other view among those of the global batch."""
 
-    Config = MoCoV3Config
-    config: MoCoV3Config
     max_views = 2
     target = "k"  # algorithm 1
 
-    def __init__(self, config: MoCoV3Config, encoder: Encoder, *, seed: int) -> None:
-        super().__init__(config, encoder, seed=seed)
-        self.predictor = build_predictor(config.predictor, config.projector.output_size, encoder.config.norm)
+    def __init__(self, settings: MethodSettings[MoCoV3Config]) -> None:
+        super().__init__(settings)
+        self.predictor = build_predictor(self.config.predictor, self.config.projector.output_size, self.norm)
         self.teacher = Teacher(self.student)
 
     def embed(self, batch: Batch) -> Embeddings:

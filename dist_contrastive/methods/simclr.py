@@ -38,11 +38,8 @@ class SimCLRConfig(MethodConfig):
         return self.positives == "labels"
 
 
-class SimCLR(Method):
+class SimCLR(Method[SimCLRConfig]):
     """NT-Xent over the embeddings of all ranks, all views in one forward pass."""
-
-    Config = SimCLRConfig
-    config: SimCLRConfig
 
     def embed(self, batch: Batch) -> Embeddings:
         return {"z": F.normalize(self.project(batch), dim=-1)}

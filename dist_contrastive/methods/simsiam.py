@@ -8,8 +8,7 @@ import tyro
 from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import HeadConfig, MethodConfig
 from dist_contrastive.losses.regression import cross_view_cosine
-from dist_contrastive.methods.base import Embeddings, Losses, Method
-from dist_contrastive.models.base import Encoder
+from dist_contrastive.methods.base import Embeddings, Losses, Method, MethodSettings
 from dist_contrastive.models.heads import build_predictor
 
 
@@ -25,17 +24,15 @@ class SimSiamConfig(MethodConfig):
     """Its output has the size of the embedding."""
 
 
-class SimSiam(Method):
+class SimSiam(Method[SimSiamConfig]):
     """Each view's prediction looks for the other view's embedding, which stands still (section 3, algorithm 1)."""
 
-    Config = SimSiamConfig
-    config: SimSiamConfig
     couples_samples = False
     target = "z"  # algorithm 1
 
-    def __init__(self, config: SimSiamConfig, encoder: Encoder, *, seed: int) -> None:
-        super().__init__(config, encoder, seed=seed)
-        self.predictor = build_predictor(config.predictor, config.projector.output_size, encoder.config.norm)
+    def __init__(self, settings: MethodSettings[SimSiamConfig]) -> None:
+        super().__init__(settings)
+        self.predictor = build_predictor(self.config.predictor, self.config.projector.output_size, self.norm)
 
     def embed(self, batch: Batch) -> Embeddings:
         z = self.project(batch)

@@ -34,11 +34,9 @@ class VICRegConfig(MethodConfig):
         )
 
 
-class VICReg(Method):
+class VICReg(Method[VICRegConfig]):
     """Views close, dimensions spread out and unlike one another, over the global batch."""
 
-    Config = VICRegConfig
-    config: VICRegConfig
     max_views = 2
 
     def embed(self, batch: Batch) -> Embeddings:
