@@ -132,11 +132,10 @@ class Method(nn.Module, ABC, Generic[ConfigT]):
         return self.project_views(views, batch.samples)
 
     def project_views(self, views: Tensor, samples: Samples) -> Tensor:
-        """As `project`, of the first V views [V, B, 3, S, S] alone."""
+        """As `project`, of views [V, B, 3, S, S], which are the first V of these samples."""
         keys = torch.cat([self.keys(samples, view) for view in range(len(views))])
-        return (
-            self.projector(self.dropout(self.encoder(views.flatten(0, 1)), keys)).float().unflatten(0, views.shape[:2])
-        )
+        features = self.dropout(self.encoder(views.flatten(0, 1)), keys)
+        return self.projector(features).float().unflatten(0, views.shape[:2])
 
     def keys(self, samples: Samples, view: int) -> Tensor:
         """int64 [B]: what keys everything random about a view of these samples."""
