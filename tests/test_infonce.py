@@ -124,6 +124,29 @@ def test_indexed_equals_the_papers_loops() -> None:
     assert loss.item() == pytest.approx(total / 4, rel=1e-5)
 
 
+def test_clips_loss_is_the_indexed_one_both_ways_with_a_learnt_scale() -> None:
+    """Radford et al. 2021, figure 3: the scale is in the embeddings, and gets its gradient from there."""
+    images, texts = embeddings(1, 7)[0], embeddings(1, 7, seed=3)[0]
+    own = torch.arange(7)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        log_scale = torch.tensor(math.log(1 / 0.07), dtype=dtype, requires_grad=True)
+        pair = [x.to(dtype, copy=True).requires_grad_() for x in (images, texts)]
+        scaled = [log_scale.exp() * x for x in pair]
+        if dtype == torch.float32:
+            ways = [indexed_nce(scaled[i], pair[1 - i], own, temperature=1.0) for i in (0, 1)]
+        else:
+            logits = scaled[0] @ pair[1].T
+            ways = [F.cross_entropy(logits, own), F.cross_entropy(logits.T, own)]
+        loss = (ways[0] + ways[1]) / 2
+        loss.backward()
+        results.append([loss.detach(), log_scale.grad, *(x.grad for x in pair)])
+    for found, expected in zip(*results, strict=True):
+        assert found is not None
+        assert expected is not None
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 PAIRWISE = {
     "nt_xent": lambda a, o: nt_xent(a, o, offset=0, num_views=2, temperature=0.2),
     "decoupled": lambda a, o: nt_xent(a, o, offset=0, num_views=2, temperature=0.2, decoupled=True),
