@@ -156,6 +156,7 @@ def test_the_teacher_gets_no_gradient() -> None:
     case.targets.requires_grad_()
     case.target_prototypes.requires_grad_()
     case.bias.requires_grad_()
+    assert not case.loss(case.student, case.prototypes).requires_grad
     case.loss(case.student.requires_grad_(), case.prototypes).backward()
     assert case.student.grad is not None
     assert case.targets.grad is case.target_prototypes.grad is case.bias.grad is case.prototypes.grad is None
@@ -230,6 +231,8 @@ def test_many_iterations_give_each_prototype_its_share(num_prototypes: int) -> N
     share = torch.full((num_prototypes,), 1 / num_prototypes)
     torch.testing.assert_close(many, share, rtol=1e-4, atol=0.0)
     assert (few - share).abs().max() > 0.01 / num_prototypes
+    bias = sinkhorn_bias(targets, prototypes, temperature=0.2, iterations=3000)
+    assert bias.mean().item() == pytest.approx(0.0, abs=1e-4)  # it does not grow with iterations
 
 
 def test_a_prototype_that_all_samples_are_nearest_to_gets_no_more_than_its_share() -> None:

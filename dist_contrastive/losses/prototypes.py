@@ -150,8 +150,8 @@ def sinkhorn_bias(
     logarithms, are the bias. Logarithms throughout: no temperature overflows. No sample's own scaling is kept: it follows
     from its logits and the bias before.
 
-    Each iteration computes all logits once, block by block, and gathers one vector of K values a rank. Without a sample on any
-    rank the bias is 0.
+    Each iteration computes all logits once, block by block, and gathers one vector of K values a rank. The bias has mean 0, and
+    is all 0 without a sample on any rank.
 
     Args:
         targets: [n, E] this rank's embeddings, as many on each rank.
