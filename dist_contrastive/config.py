@@ -142,7 +142,8 @@ class EncoderConfig:
     """The network from image to feature."""
 
     name: str = "resnet18"
-    """Any timm model by name, or one of this package's small ones (resnet10_w16, resnet10_w32, resnet10_w64)."""
+    """Any timm model by name, or one of this package's small ones (resnet10_w16, resnet10_w32, resnet10_w64, vit_w96_d4,
+    vit_w192_d4)."""
     stem: Literal["standard", "small"] = "standard"
     """small: 3×3 convolution, stride 1, no max-pool, for images of about 32 pixels (ResNets)."""
     norm: Literal["batch", "sync", "group"] = "batch"

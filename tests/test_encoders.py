@@ -40,6 +40,14 @@ def test_the_small_resnets_have_the_size_their_docstrings_state(width: int, mill
     assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
+@pytest.mark.parametrize(("width", "millions"), [(96, 0.46), (192, 1.8)])
+def test_the_small_vision_transformers_cut_32_pixels_into_8_by_8_patches(width: int, millions: float) -> None:
+    encoder = build_encoder(EncoderConfig(name=f"vit_w{width}_d4"), 32)
+    assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+    assert encoder.body.patch_embed.num_patches == 64  # type: ignore[union-attr]
+    assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, width)
+
+
 def test_an_unknown_name_gets_the_nearest_one() -> None:
     with pytest.raises(UserError, match=r"--encoder.name resnt50: timm has no such model; did you mean resnet50\?"):
         build_encoder(EncoderConfig(name="resnt50"), 32)

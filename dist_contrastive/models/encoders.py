@@ -1,4 +1,4 @@
-"""Encoders: any timm model by name, without its classifier, and three small ResNets for CPUs and tests."""
+"""Encoders: any timm model by name, without its classifier, and small ResNets and vision transformers for CPUs and tests."""
 
 import difflib
 import math
@@ -8,8 +8,9 @@ from typing import Any
 import timm
 import torch
 from timm.layers import BatchNormAct2d, GroupNormAct
-from timm.models import register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -97,14 +98,19 @@ def _num_groups(num_channels: int) -> int:
     return num_channels // math.gcd(num_channels, CHANNELS_PER_GROUP)
 
 
+def _without_pretraining(options: dict[str, Any]) -> dict[str, Any]:
+    """What timm passes to a model's function, without what is about pretrained weights."""
+    others = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    return {key: value for key, value in options.items() if key not in others}
+
+
 def _resnet10(width: int, **kwargs: Any) -> ResNet:
     """Four stages of one basic block each, `width` to 8·`width` channels."""
     # A stem of type "deep" is timm's way to a stem narrower than 64 channels: it ends in 2·stem_width.
-    for key in ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        kwargs.pop(key, None)
+    options = _without_pretraining(kwargs)
     channels = (width, 2 * width, 4 * width, 8 * width)
     block: Any = BasicBlock
-    return ResNet(block, (1, 1, 1, 1), channels=channels, stem_type="deep", stem_width=width // 2, **kwargs)
+    return ResNet(block, (1, 1, 1, 1), channels=channels, stem_type="deep", stem_width=width // 2, **options)
 
 
 @register_model
@@ -123,3 +129,27 @@ def resnet10_w32(**kwargs: Any) -> ResNet:
 def resnet10_w64(**kwargs: Any) -> ResNet:
     """ResNet-10 of the usual width: 4.9 M parameters."""
     return _resnet10(64, **kwargs)
+
+
+default_cfgs = generate_default_cfgs(
+    {name: {"input_size": (3, 32, 32), "fixed_input_size": True} for name in ("vit_w96_d4", "vit_w192_d4")}
+)
+"""Where timm looks for what its models were made for: those of this file that are of a fixed size."""
+
+
+def _vit(width: int, **kwargs: Any) -> VisionTransformer:
+    """Four blocks of `width` features, heads of 32, patches of 4 pixels: 8 × 8 of them in an image of 32."""
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": width, "depth": 4, "num_heads": width // 32}
+    return VisionTransformer(**{**sizes, **_without_pretraining(kwargs)})
+
+
+@register_model
+def vit_w96_d4(**kwargs: Any) -> VisionTransformer:
+    """Vision transformer of half the width of ViT-Ti and a third of its depth: 0.5 M parameters."""
+    return _vit(96, **kwargs)
+
+
+@register_model
+def vit_w192_d4(**kwargs: Any) -> VisionTransformer:
+    """Vision transformer of the width of ViT-Ti and a third of its depth: 1.8 M parameters."""
+    return _vit(192, **kwargs)
