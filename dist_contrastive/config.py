@@ -150,9 +150,12 @@ class EncoderConfig:
     """batch: statistics of the rank's own views; sync: of all ranks'; group: GroupNorm, no batch statistics."""
     dropout: float = 0.0
     """Probability of dropping a feature between encoder and projector."""
+    patch_size: int = 0
+    """Side in pixels of the patches that a vision transformer cuts images into; 0 takes the model's own."""
 
     def __post_init__(self) -> None:
         require_finite("encoder", self)
+        require(self.patch_size >= 0, f"--encoder.patch-size {self.patch_size}: give 0 (the model's own) or pixels")
         require(0 <= self.dropout < 1, f"--encoder.dropout {self.dropout}: give a probability in [0, 1)")
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from timm.layers import PatchEmbed
+from torch import nn
 
 from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import TrainConfig, UserError
@@ -77,9 +78,10 @@ def _try(config: TrainConfig, device: str) -> int:
 
 @contextmanager
 def _watched(method: Method) -> Iterator[None]:
-    """Within the context an encoder that leaves pixels out, or whose features are no vectors, raises."""
+    """Within the context an encoder that leaves pixels out raises."""
 
-    def before(conv: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        conv = module.proj if isinstance(module, PatchEmbed) else module
         assert isinstance(conv, nn.Conv2d)
         (patch, _), (stride, _), padding = conv.kernel_size, conv.stride, conv.padding
         size = inputs[0].shape[-1]
@@ -88,16 +90,13 @@ def _watched(method: Method) -> Iterator[None]:
         if is_grid and (size < patch or (size - patch) % stride):
             raise _Unseen(size, patch, stride)
 
-    def after(body: nn.Module, inputs: tuple[Any, ...], features: Any) -> None:
-        shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        if shape != [len(inputs[0]), method.encoder.feature_size]:
-            raise ValueError(
-                f"it gives {shape} for {len(inputs[0])} images, not a feature of {method.encoder.feature_size} numbers for each"
-            )
-
-    body = method.encoder.body
-    reading = [m for m in body.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3]
-    hooks = [conv.register_forward_pre_hook(before) for conv in reading] + [body.register_forward_hook(after)]
+    # timm's patch embedding would refuse the size before its convolution sees it, in words of its own.
+    reading = [
+        m
+        for m in method.encoder.body.modules()
+        if isinstance(m, PatchEmbed) or (isinstance(m, nn.Conv2d) and m.in_channels == 3)
+    ]
+    hooks = [module.register_forward_pre_hook(before) for module in reading]
     try:
         yield
     finally:

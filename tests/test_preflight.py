@@ -26,6 +26,7 @@ from dist_contrastive.data.beton import open_dataset
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.cpc import CPCConfig
 from dist_contrastive.methods.moco import MoCoConfig
+from dist_contrastive.methods.simclr import SimCLR
 from dist_contrastive.step.gradient import split
 from dist_contrastive.trainer import build_method
 from dist_contrastive.trial import fewest_samples
@@ -87,6 +88,7 @@ def test_an_encoder_that_can_take_the_size_is_let_through(name: str, image_size:
         ("mixer_s32_224", 40, 32, "32 or 64"),
         ("eva02_tiny_patch14_224", 32, 14, "28 or 42"),
         ("swin_tiny_patch4_window7_224", 30, 4, "28 or 32"),
+        ("vit_w96_d4", 33, 4, "32 or 36"),
         ("convnext_atto", 34, 4, "32 or 36"),
     ],
 )
@@ -96,6 +98,15 @@ def test_pixels_that_would_never_be_seen_are_refused_with_what_fits(
     assert refusal_of(with_encoder(name, image_size)) == (
         f"--data.image-size {image_size}: {name} cuts images into patches of {patch} pixels and would never see the rest; "
         f"give a multiple of {patch}, {fits}"
+    )
+
+
+def test_patches_of_a_chosen_size_are_refused_by_that_size() -> None:
+    config = with_encoder("vit_tiny_patch16_224", 33)
+    config = replace(config, encoder=replace(config.encoder, patch_size=4))
+    assert refusal_of(config) == (
+        "--data.image-size 33: vit_tiny_patch16_224 cuts images into patches of 4 pixels and would never see the rest; give a "
+        "multiple of 4, 32 or 36"
     )
 
 
@@ -141,6 +152,25 @@ def test_features_that_are_no_vectors_are_refused(monkeypatch: pytest.MonkeyPatc
     def build(config: TrainConfig) -> Any:
         method = build_method(config)
         method.encoder.body.register_forward_hook(sequence)
+        return method
+
+    monkeypatch.setattr(trial, "build_method", build)
+    assert "it gives [4, 3, 512] for 4 images, not a feature of 512 numbers" in refusal_of(with_encoder("resnet18", 32))
+
+
+class OfTokens(SimCLR):
+    """Asks the encoder for tokens, too."""
+
+    def project_views(self, views: Tensor, samples: Samples) -> Tensor:
+        pooled = self.encoder.features(views.flatten(0, 1)).pooled
+        return self.projector(pooled).float().unflatten(0, views.shape[:2])
+
+
+def test_features_that_are_no_vectors_are_refused_beside_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(config: TrainConfig) -> Any:
+        method = build_method(config)
+        method.__class__ = OfTokens
+        method.encoder.body.global_pool.register_forward_hook(sequence)  # type: ignore[union-attr]
         return method
 
     monkeypatch.setattr(trial, "build_method", build)

@@ -1,20 +1,22 @@
 """Encoders: any timm model by name, without its classifier, and small ResNets and vision transformers for CPUs and tests."""
 
 import difflib
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
-from timm.layers import BatchNormAct2d, GroupNormAct
+from timm.layers import BatchNormAct2d, GroupNormAct, PatchEmbed
 from timm.models import generate_default_cfgs, register_model
+from timm.models.eva import Eva
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dist_contrastive.config import EncoderConfig, UserError
+from dist_contrastive.config import EncoderConfig, UserError, require
 from dist_contrastive.models.base import Encoder
 from dist_contrastive.models.sync_norm import SyncBatchNorm
 
@@ -25,7 +27,8 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
     """The encoder that `config` names, with random weights drawn from torch's global generator, in channels_last.
 
     `image_size` is the side of the images in pixels; models of a fixed input size (ViT) are built for it. Raises
-    `UserError` for an unknown name (with the nearest one) and for a small stem on a model that is no ResNet.
+    `UserError` for an unknown name (with the nearest one) and for what the model has not: a small stem, where it is no
+    ResNet, patches.
     """
     if not timm.is_model(config.name):
         nearest = difflib.get_close_matches(config.name, timm.list_models(), n=1)
@@ -35,15 +38,58 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
     cfg = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
     if cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != image_size:
         options["img_size"] = image_size
-    body = timm.create_model(config.name, pretrained=False, num_classes=0, **options)
+    has_patches, takes_other_sizes = _traits(config.name)
+    if takes_other_sizes:
+        options["dynamic_img_size"] = True
+    if config.patch_size:
+        require(has_patches, _no_patches(config))
+        options["patch_size"] = config.patch_size
+    try:
+        body = timm.create_model(config.name, pretrained=False, num_classes=0, **options)
+    except TypeError as error:  # what a model's class does not take, it refuses by name
+        require("patch_size" not in str(error), _no_patches(config))
+        raise
     if config.stem == "small":
         _shrink_stem(body, config.name)
     if config.norm != "batch":
         body = _with_norm(body, {"group": _group_norm, "sync": _sync_norm}[config.norm])
     # Where a model has layers between pooling and classifier (MobileNetV3), they are part of it: its features are theirs.
     feature_size: Any = getattr(body, "head_hidden_size", None) or body.num_features
-    encoder = Encoder(body, int(feature_size), config, image_size)
+    encoder = Encoder(
+        body,
+        int(feature_size),
+        config,
+        image_size,
+        patch_embedding=_patch_embedding(body),
+    )
     return encoder.to(memory_format=torch.channels_last)
+
+
+@functools.cache
+def _traits(name: str) -> tuple[bool, bool]:
+    """Whether the tokens of the timm model `name` are patches, and whether its class interpolates position embeddings."""
+    with torch.device("meta"):
+        body = timm.create_model(name, pretrained=False, num_classes=0)
+    has_patches = _patch_embedding(body) is not None
+    return has_patches, has_patches and isinstance(body, VisionTransformer | Eva)
+
+
+def _patch_embedding(body: nn.Module) -> str | None:
+    """The name of the module that cuts images into patches, if these are what the tokens stand for to the end."""
+    found = [(name, module) for name, module in body.named_modules() if isinstance(module, PatchEmbed)]
+    stages: Any = getattr(body, "feature_info", None)
+    if len(found) != 1 or not isinstance(stages, list) or not stages:
+        return None
+    name, embedding = found[0]
+    # A Swin transformer merges its patches on the way.
+    return name if stages[-1]["reduction"] == embedding.patch_size[0] else None
+
+
+def _no_patches(config: EncoderConfig) -> str:
+    return (
+        f"--encoder.patch-size {config.patch_size}: {config.name} has no patches whose size can be chosen; leave it out, or "
+        "choose a vision transformer, such as vit_small_patch16_224"
+    )
 
 
 def _shrink_stem(body: nn.Module, name: str) -> None:
