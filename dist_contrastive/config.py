@@ -150,11 +150,15 @@ class EncoderConfig:
     """batch: statistics of the rank's own views; sync: of all ranks'; group: GroupNorm, no batch statistics."""
     dropout: float = 0.0
     """Probability of dropping a feature between encoder and projector."""
+    drop_path: float = 0.0
+    """Stochastic depth: probability of leaving out the encoder's last residual block for a sample; it rises linearly over the
+    blocks, from 0 at the first."""
     patch_size: int = 0
     """Side in pixels of the patches that a vision transformer cuts images into; 0 takes the model's own."""
 
     def __post_init__(self) -> None:
         require_finite("encoder", self)
+        require(0 <= self.drop_path < 1, f"--encoder.drop-path {self.drop_path}: give a probability in [0, 1)")
         require(self.patch_size >= 0, f"--encoder.patch-size {self.patch_size}: give 0 (the model's own) or pixels")
         require(0 <= self.dropout < 1, f"--encoder.dropout {self.dropout}: give a probability in [0, 1)")
 

@@ -34,6 +34,7 @@ class Stream(IntEnum):
     SHUFFLE = 0x700
     DROPOUT = 0x10000
     SPLIT = 0x20000
+    DROP_PATH = 0x30000
     STEP = 0x40000
 
 
@@ -88,6 +89,11 @@ def keep_mask(keys: Tensor, num_features: int, drop_probability: float) -> Tenso
     """Dropout's mask bool [B, num_features]: True where a feature is kept; `keys` int64 [B] on the wanted device."""
     units = torch.arange(num_features, device=keys.device) + int(Stream.DROPOUT)
     return unit(fold(keys[:, None], units[None, :])) >= drop_probability
+
+
+def keep_paths(keys: Tensor, layer: int, drop_probability: float) -> Tensor:
+    """Stochastic depth's mask bool [B] of one layer: True for samples whose path is kept; `keys` int64 [B]."""
+    return unit(fold(keys, int(Stream.DROP_PATH) + layer)) >= drop_probability
 
 
 def permutation(seed: int, epoch: int, num_samples: int) -> np.ndarray:

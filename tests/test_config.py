@@ -114,6 +114,7 @@ NAN, INF = float("nan"), float("inf")
         ("--augment.std", lambda: AugmentConfig(std=(0.2, 0.0, 0.2))),
         ("--augment.solarize-threshold", lambda: AugmentConfig(solarize_threshold=1.5)),
         ("--encoder.dropout", lambda: EncoderConfig(dropout=1.0)),
+        ("--encoder.drop-path", lambda: EncoderConfig(drop_path=1.0)),
         ("--encoder.patch-size", lambda: EncoderConfig(patch_size=-1)),
         ("--method.projector.hidden-size", lambda: SimCLRConfig(projector=HeadConfig(hidden_size=-1))),
         ("--method.projector.output-size", lambda: SimCLRConfig(projector=HeadConfig(output_size=0))),

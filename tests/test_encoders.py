@@ -183,7 +183,7 @@ INTERPOLATED = [
 def test_at_its_own_size_an_encoder_is_timms_model_bit_for_bit(name: str, image_size: int) -> None:
     """Weights, their names, features and gradients; so its file loads in plain timm."""
     torch.manual_seed(3)
-    encoder = build_encoder(EncoderConfig(name=name), image_size).eval()
+    encoder = build_encoder(EncoderConfig(name=name, drop_path=0.1), image_size).eval()
     torch.manual_seed(3)
     options: dict[str, Any] = {} if name in ("resnet10_w16", "test_convnext") else {"img_size": image_size}
     plain = timm.create_model(name, num_classes=0, **options).eval().to(memory_format=torch.channels_last)

@@ -23,7 +23,7 @@ OPTIONS = set(
 --augment.num-views --augment.crop-scale --augment.crop-ratio --augment.flip --augment.jitter --augment.brightness
 --augment.contrast --augment.saturation --augment.hue --augment.grayscale --augment.blur --augment.blur-sigma
 --augment.solarize --augment.solarize-threshold --augment.mean --augment.std
---encoder.name --encoder.stem --encoder.norm --encoder.dropout --encoder.patch-size
+--encoder.name --encoder.stem --encoder.norm --encoder.dropout --encoder.drop-path --encoder.patch-size
 --batch.global --batch.micro --batch.memory-gib
 --optim.name --optim.learning-rate --optim.weight-decay --optim.momentum --optim.warmup-epochs --optim.clip-norm
 --optim.schedule --optim.decay-epochs

@@ -155,7 +155,13 @@ def test_numbers_look_uniform_along_each_coordinate():
 
 
 def test_streams_do_not_overlap():
-    numbers_used = {Stream.CROP: 4 * CROP_TRIES, Stream.JITTER: 9, Stream.BLUR: 2, Stream.DROPOUT: 2**16}
+    numbers_used = {
+        Stream.CROP: 4 * CROP_TRIES,
+        Stream.JITTER: 9,
+        Stream.BLUR: 2,
+        Stream.DROPOUT: 2**16,
+        Stream.DROP_PATH: 2**16,
+    }
     ordered = sorted(Stream)
     for stream, following in itertools.pairwise(ordered):
         assert stream + numbers_used.get(stream, 1) <= following
@@ -179,6 +185,14 @@ def test_keep_mask_drops_the_given_share_of_features_by_key_alone():
     assert mask.float().mean(0).std() < 0.04
     assert torch.equal(rng.keep_mask(keys[7:9], 64, 0.3), mask[7:9])
     assert rng.keep_mask(keys, 64, 0.0).all()
+
+
+def test_keep_paths_drops_the_given_share_of_samples_by_key_and_layer_alone():
+    keys = rng.sample_keys(0, 0, torch.arange(5000), 0)
+    masks = torch.stack([rng.keep_paths(keys, layer, 0.3) for layer in range(4)])
+    assert masks.float().mean(1).numpy() == pytest.approx(np.full(4, 0.7), abs=0.035)
+    assert torch.equal(rng.keep_paths(keys[7:9], 2, 0.3), masks[2, 7:9])
+    assert rng.keep_paths(keys, 0, 0.0).all()
 
 
 def test_step_seeds_differ_and_fit_torchs_generator():

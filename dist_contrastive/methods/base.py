@@ -134,7 +134,7 @@ class Method(nn.Module, ABC, Generic[ConfigT]):
     def project_views(self, views: Tensor, samples: Samples) -> Tensor:
         """As `project`, of views [V, B, 3, S, S], which are the first V of these samples."""
         keys = torch.cat([self.keys(samples, view) for view in range(len(views))])
-        features = self.dropout(self.encoder(views.flatten(0, 1)), keys)
+        features = self.dropout(self.encoder(views.flatten(0, 1), keys), keys)
         return self.projector(features).float().unflatten(0, views.shape[:2])
 
     def keys(self, samples: Samples, view: int) -> Tensor:

@@ -106,8 +106,8 @@ class CPC(Method[CPCConfig]):
         (views,) = batch.views
         num_views, batch_size = views.shape[:2]
         patches = cut_patches(views.flatten(0, 1), self.patch_size, self.patch_stride)
-        features = self.encoder(patches.contiguous(memory_format=torch.channels_last))
-        features = self.dropout(features, self._patch_keys(batch.samples, num_views))
+        keys = self._patch_keys(batch.samples, num_views)
+        features = self.dropout(self.encoder(patches.contiguous(memory_format=torch.channels_last), keys), keys)
         z = self.projector(features).float().unflatten(0, (num_views * batch_size, self.side, self.side))
         predictions = self.predictions(self.context(z))
 

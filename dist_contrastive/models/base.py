@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dist_contrastive.config import EncoderConfig, UserError
+from dist_contrastive.models.drop_path import PassKeys
 
 
 class Features(NamedTuple):
@@ -41,8 +42,10 @@ class Encoder(nn.Module):
         image_size: int,
         *,
         patch_embedding: str | None,
+        pass_keys: PassKeys,
     ) -> None:
-        """`patch_embedding`: the name in `body` of timm's PatchEmbed, where tokens are patches."""
+        """`patch_embedding`: the name in `body` of timm's PatchEmbed, where tokens are patches; `pass_keys`: what the body's
+        `KeyedDropPath` layers read."""
         super().__init__()
         self.body = body
         self.feature_size = feature_size
@@ -50,15 +53,21 @@ class Encoder(nn.Module):
         self.image_size = image_size
         # By name: a module that two others hold would be in a checkpoint twice.
         self._patch_embedding = patch_embedding
+        self._pass_keys = pass_keys
 
-    def forward(self, images: Float[Tensor, "n 3 s s"]) -> Float[Tensor, "n d"]:
-        """Features [N, D] of normalized images [N, 3, S, S], in the dtype of the encoder's last layer."""
-        return self._vectors(self.body(images), len(images))
+    def forward(self, images: Float[Tensor, "n 3 s s"], keys: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n d"]:
+        """Features [N, D] of normalized images [N, 3, S, S], in the dtype of the encoder's last layer.
+
+        `keys` int64 [N] are the images', for stochastic depth, which can't be had in training mode without them.
+        """
+        with self._pass_keys.during(keys):
+            return self._vectors(self.body(images), len(images))
 
     def features(
         self,
         images: Float[Tensor, "n 3 s s"],
         *,
+        keys: Int[Tensor, " n"] | None = None,
         mask: Bool[Tensor, "n t"] | None = None,
         mask_token: Float[Tensor, " e"] | None = None,
     ) -> Features:
@@ -70,7 +79,7 @@ class Encoder(nn.Module):
         `UserError` for a mask where the encoder has no patches, and where its features have no places.
         """
         body: Any = self.body
-        with self._masked(mask, mask_token):
+        with self._masked(mask, mask_token), self._pass_keys.during(keys):
             maps = body.forward_features(images)
             pooled = body.forward_head(maps)
         return Features(self._vectors(pooled, len(images)), self._tokens(maps))

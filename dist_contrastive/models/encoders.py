@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import BatchNormAct2d, GroupNormAct, PatchEmbed
+from timm.layers import BatchNormAct2d, DropPath, GroupNormAct, PatchEmbed
 from timm.models import generate_default_cfgs, register_model
 from timm.models.eva import Eva
 from timm.models.resnet import BasicBlock, ResNet
@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_contrastive.config import EncoderConfig, UserError, require
 from dist_contrastive.models.base import Encoder
+from dist_contrastive.models.drop_path import KeyedDropPath, PassKeys
 from dist_contrastive.models.sync_norm import SyncBatchNorm
 
 CHANNELS_PER_GROUP = 16  # GroupNorm, Wu and He 2018, table 3: as good as 32 groups, and it also serves narrow layers
@@ -28,7 +29,7 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
 
     `image_size` is the side of the images in pixels; models of a fixed input size (ViT) are built for it. Raises
     `UserError` for an unknown name (with the nearest one) and for what the model has not: a small stem, where it is no
-    ResNet, patches.
+    ResNet, patches, paths that can be dropped.
     """
     if not timm.is_model(config.name):
         nearest = difflib.get_close_matches(config.name, timm.list_models(), n=1)
@@ -44,11 +45,15 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
     if config.patch_size:
         require(has_patches, _no_patches(config))
         options["patch_size"] = config.patch_size
+    if config.drop_path:
+        options["drop_path_rate"] = config.drop_path
     try:
         body = timm.create_model(config.name, pretrained=False, num_classes=0, **options)
     except TypeError as error:  # what a model's class does not take, it refuses by name
+        require("drop_path_rate" not in str(error), _no_paths(config))
         require("patch_size" not in str(error), _no_patches(config))
         raise
+    pass_keys = _key_paths(body, config)
     if config.stem == "small":
         _shrink_stem(body, config.name)
     if config.norm != "batch":
@@ -61,6 +66,7 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
         config,
         image_size,
         patch_embedding=_patch_embedding(body),
+        pass_keys=pass_keys,
     )
     return encoder.to(memory_format=torch.channels_last)
 
@@ -90,6 +96,23 @@ def _no_patches(config: EncoderConfig) -> str:
         f"--encoder.patch-size {config.patch_size}: {config.name} has no patches whose size can be chosen; leave it out, or "
         "choose a vision transformer, such as vit_small_patch16_224"
     )
+
+
+def _no_paths(config: EncoderConfig) -> str:
+    return f"--encoder.drop-path {config.drop_path:g}: {config.name} has no paths that can be dropped; leave it out"
+
+
+def _key_paths(body: nn.Module, config: EncoderConfig) -> PassKeys:
+    """Put `KeyedDropPath` in the place of the model's own, which some have without being asked; where its layers get keys."""
+    pass_keys, layer = PassKeys(), 0
+    for module in list(body.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, DropPath):
+                keyed = KeyedDropPath(child.drop_prob, layer, pass_keys)
+                setattr(module, name, keyed if config.drop_path else nn.Identity())
+                layer += 1
+    require(layer > 0 or config.drop_path == 0, _no_paths(config))
+    return pass_keys
 
 
 def _shrink_stem(body: nn.Module, name: str) -> None:

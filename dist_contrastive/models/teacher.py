@@ -5,17 +5,24 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from dist_contrastive.models.drop_path import KeyedDropPath
+from dist_contrastive.models.heads import KeyedDropout
+
 
 class Teacher(nn.Module):
     """A copy of `student` that no gradient reaches and that only `follow` moves.
 
     MoCo's key encoder (He et al. 2020, equation 2), BYOL's target (Grill et al. 2020, equation 1). Its normalization
-    layers see the teacher's own passes, and their running statistics are its own, as in the authors' code of both.
+    layers see the teacher's own passes, and their running statistics are its own, as in the authors' code of both. It drops
+    neither paths nor features, whatever the student drops, as in the authors' code of DINO and DINOv2.
     """
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.module = copy.deepcopy(student).requires_grad_(False)
+        for module in self.module.modules():
+            if isinstance(module, KeyedDropPath | KeyedDropout):
+                module.probability = 0.0
 
     @torch.no_grad()
     def forward(self, *inputs: Tensor) -> Tensor:
