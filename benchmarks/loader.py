@@ -35,7 +35,7 @@ from torchvision.transforms.v2 import Compose, PILToTensor, RandomResizedCrop
 from dist_contrastive.atomic import write_atomic
 from dist_contrastive.batch import Share
 from dist_contrastive.cli import main_guard, parse
-from dist_contrastive.config import AugmentConfig, DataConfig, require
+from dist_contrastive.config import AugmentConfig, DataConfig, ViewConfig, require
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import TRAIN
 from dist_contrastive.data.loader import fair_threads, train_epoch
@@ -97,7 +97,7 @@ class PilDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
 
 def our_epochs(config: LoaderBenchmark, dataset: Dataset, threads: int) -> Callable[[int], int]:
     """A function that runs epoch k and returns how many samples it gave."""
-    data, augment = DataConfig(image_size=config.image_size), AugmentConfig(num_views=config.views)
+    data, augment = DataConfig(image_size=config.image_size), AugmentConfig((ViewConfig(count=config.views),))
 
     def run(epoch: int) -> int:
         num_samples = 0

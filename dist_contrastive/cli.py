@@ -10,15 +10,18 @@ if __name__ == "__main__":
 
 import contextlib
 import difflib
+import inspect
 import io
+import itertools
 import os
 import re
 import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, NoReturn, TypeVar, overload
 
 import tyro
 
@@ -63,12 +66,16 @@ def parse(
 
     Raises `UserError` with one line where tyro prints a box: an unknown option (with the nearest name), a value of the
     wrong type, a missing value, and whatever the dataclass's own validation refuses. `--help` prints and exits with 0.
+
+    A tuple of dataclasses in an instance has options by number (`--augment.1.blur`); without a number (`--augment.blur`) they
+    hold for each of them.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if isinstance(cls_or_default, type):
         cls, options = cls_or_default, {}
     else:
         cls, options = type(cls_or_default), {"default": cls_or_default}
+        args = _for_all(args, _numbered_options(cls_or_default))
 
     def run(arguments: list[str]) -> Any:
         # What is fixed is no option; it stays known to the parser, which tells who tries it what it is fixed to.
@@ -80,6 +87,7 @@ def parse(
             description="" if about else None,
             return_unknown_args=True,
             config=(tyro.conf.PositionalMetavarFromFieldName, *hidden),
+            registry=_REGISTRY,
             **options,
         )
 
@@ -162,6 +170,58 @@ def page() -> Iterator[None]:
 def speaks_for_host() -> bool:
     """Whether this process is the one rank of its host that tells people what all ranks would say."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.struct_rule
+def _numbered(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+    """A tuple of dataclasses: options by number, where there are several, each section with the dataclass's own sentence."""
+    if not _is_numbered(info.default):
+        return None
+    kind, several = type(info.default[0]), len(info.default) > 1
+    (about, *_) = (inspect.getdoc(kind) or "").splitlines()
+    parts = [
+        tyro.constructors.StructFieldSpec(
+            name=f"part_{number}",
+            type=Annotated[kind, tyro.conf.arg(name=str(number) if several else "")],  # type: ignore[arg-type]
+            default=default,
+            helptext=f"{about}{f' ({number + 1} of {len(info.default)})' if several else ''}",
+        )
+        for number, default in enumerate(info.default)
+    ]
+    return tyro.constructors.StructConstructorSpec(instantiate=lambda **made: tuple(made.values()), fields=tuple(parts))
+
+
+def _is_numbered(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(is_dataclass(item) for item in value)
+
+
+def _numbered_options(config: Any, prefix: str = "--") -> dict[str, list[str]]:
+    """Other names of the options of each tuple of dataclasses in `config`, and the options that each stands for: without a
+    number for all, and where there is but one, with a number for the one without."""
+    found: dict[str, list[str]] = {}
+    for name, value in vars(config).items():
+        if is_dataclass(value):
+            found |= _numbered_options(value, f"{prefix}{name.replace('_', '-')}.")
+        elif _is_numbered(value):
+            for option in (field.name.replace("_", "-") for field in fields(value[0])):
+                numbered = [f"{prefix}{number}.{option}" for number in range(len(value))]
+                one = {numbered[0]: [f"{prefix}{option}"]}
+                found |= one if len(value) == 1 else {f"{prefix}{option}": numbered}
+    return found
+
+
+def _for_all(args: Sequence[str], numbered: Mapping[str, list[str]]) -> list[str]:
+    """`args` with each option that stands for several given as all of these, with its values."""
+    spread: list[str] = []
+    starts = [number for number, token in enumerate(args) if token.startswith("--") or number == 0]
+    for start, stop in itertools.pairwise([*starts, len(args)]):
+        flag, equals, value = args[start].partition("=")
+        for option in numbered.get(flag.replace("_", "-"), [flag]):
+            spread += [f"{option}{equals}{value}", *args[start + 1 : stop]]
+    return spread
 
 
 def _asks_for_help(arguments: Sequence[str]) -> bool:

@@ -6,12 +6,13 @@ once, where it is used.
 """
 
 import dataclasses
+import itertools
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -78,18 +79,20 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class AugmentConfig:
-    """Random views. Probabilities hold one value for all views or one for each (BYOL's asymmetric pair)."""
+class ViewConfig:
+    """A group of views that are made alike."""
 
-    num_views: int = 2
-    """Views of each sample; methods say how many they need."""
+    count: int = 1
+    """How many views of each sample; 0 leaves the group out."""
+    size: int = 0
+    """Side of a view in pixels; 0 takes --data.image-size for it."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area of the random crop as a fraction of the image's."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Aspect ratio (width over height) of the random crop."""
-    flip: tuple[float, ...] = (0.5,)
+    flip: float = 0.5
     """Probability of a horizontal flip."""
-    jitter: tuple[float, ...] = (0.8,)
+    jitter: float = 0.8
     """Probability of colour jitter (brightness, contrast, saturation and hue in an order drawn for each view)."""
     brightness: float = 0.4
     """Strength s of colour jitter: the factor is drawn from [1 - s, 1 + s]."""
@@ -99,30 +102,24 @@ class AugmentConfig:
     """As brightness."""
     hue: float = 0.1
     """Strength s of colour jitter: the shift is drawn from [-s, s], where 1 is the whole circle of hues."""
-    grayscale: tuple[float, ...] = (0.2,)
+    grayscale: float = 0.2
     """Probability of dropping colour."""
-    blur: tuple[float, ...] = (0.5,)
+    blur: float = 0.5
     """Probability of a Gaussian blur, whose kernel spans a tenth of the view."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation of the blur in pixels, drawn uniformly."""
-    solarize: tuple[float, ...] = (0.0,)
+    solarize: float = 0.0
     """Probability of solarization: values from the threshold up are inverted."""
     solarize_threshold: float = 0.5
     """As a fraction of the full range."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Subtracted from each channel, in units of the full range; evaluation normalizes the same way."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Divides each channel, in units of the full range."""
 
     def __post_init__(self) -> None:
         require_finite("augment", self)
-        require(self.num_views >= 1, f"--augment.num-views {self.num_views}: give at least 1")
+        require(self.count >= 0, f"--augment.count {self.count}: give 0 (leaves the group out) or more")
+        require(self.size >= 0, f"--augment.size {self.size}: give 0 (as --data.image-size) or pixels")
         for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
-            values = getattr(self, name)
-            require(
-                len(values) in (1, self.num_views) and all(0 <= value <= 1 for value in values),
-                f"--augment.{name} {values}: give one probability, or one for each of the {self.num_views} views",
-            )
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"--augment.{name} {value}: give a probability in [0, 1]")
         for name in ("brightness", "contrast", "saturation"):
             require(0 <= getattr(self, name) <= 1, f"--augment.{name} {getattr(self, name)}: give a strength in [0, 1]")
         require(0 <= self.hue <= 0.5, f"--augment.hue {self.hue}: give a strength in [0, 0.5]")
@@ -132,9 +129,61 @@ class AugmentConfig:
         require(0 < low <= high, f"--augment.crop-ratio {low} {high}: give 0 < low <= high")
         low, high = self.blur_sigma
         require(0 < low <= high, f"--augment.blur-sigma {low} {high}: give 0 < low <= high")
-        require(min(self.std) > 0, f"--augment.std {self.std}: give positive numbers")
         threshold = self.solarize_threshold
         require(0 <= threshold <= 1, f"--augment.solarize-threshold {threshold}: give a brightness in [0, 1]")
+
+
+class ViewsOfSize(NamedTuple):
+    """Consecutive views of one size: one tensor of a batch."""
+
+    size: int
+    """Side in pixels."""
+    first: int
+    """The number of the first of them among all views of a sample."""
+    views: tuple[ViewConfig, ...]
+    """How each of them is made."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random views, in groups that are made alike; a sample's views are numbered through all groups."""
+
+    groups: Annotated[tuple[ViewConfig, ...], tyro.conf.arg(name="")] = (ViewConfig(count=2),)
+    """Groups of one size that follow each other make one tensor of a batch. Where methods tell views apart, the first size is
+    what an encoder is used at later, the second that of smaller crops (multi-crop)."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Subtracted from each channel, in units of the full range; evaluation normalizes the same way."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Divides each channel, in units of the full range."""
+
+    def __post_init__(self) -> None:
+        require_finite("augment", self)
+        require(self.num_views >= 1, f"--augment.count {self.num_views}: give at least 1 view")
+        require(min(self.std) > 0, f"--augment.std {self.std}: give positive numbers")
+
+    @property
+    def num_views(self) -> int:
+        """V: how many views of each sample there are."""
+        return sum(group.count for group in self.groups)
+
+    def layout(self, image_size: int) -> tuple[ViewsOfSize, ...]:
+        """The tensors of a batch, where a group without a size of its own has `image_size` pixels a side."""
+        views = [view for group in self.groups for view in [group] * group.count]
+        numbered = enumerate(views)
+        of_sizes = []
+        for size, run in itertools.groupby(numbered, key=lambda pair: pair[1].size or image_size):
+            numbers, alike = zip(*run, strict=True)
+            of_sizes.append(ViewsOfSize(size, numbers[0], alike))
+        return tuple(of_sizes)
+
+    def with_all(self, **changes: Any) -> "AugmentConfig":
+        """The same with `changes` in every group."""
+        return replace(self, groups=tuple(replace(group, **changes) for group in self.groups))
+
+    def of_first_size(self, image_size: int) -> "AugmentConfig":
+        """The views of the first size alone, as a group each; where there is one, two of its kind."""
+        views = [replace(view, count=1) for view in self.layout(image_size)[0].views]
+        return replace(self, groups=tuple(views if len(views) > 1 else 2 * views))
 
 
 @dataclass(frozen=True)
@@ -399,11 +448,16 @@ class TrainConfig:
             f"--optim.warmup-epochs {warmup:g} is longer than the run (--epochs {epochs}), which would never reach its "
             f"learning rate: give fewer than {epochs} warm-up epochs, or more epochs than {warmup:g}",
         )
-        require(
-            self.data.image_size > 1 or max(self.augment.blur) == 0,
-            f"--augment.blur {' '.join(map(str, self.augment.blur))} with --data.image-size 1: one pixel can't be blurred; give "
-            "--augment.blur 0",
-        )
+        for size, _, views in self.augment.layout(self.data.image_size):
+            require(
+                size > 1 or max(view.blur for view in views) == 0,
+                f"--augment.blur {max(view.blur for view in views):g} with {self.size_option(size)}: one pixel can't be blurred; "
+                "give --augment.blur 0",
+            )
+
+    def size_option(self, size: int) -> str:
+        """The option that makes some views as large as `size` pixels."""
+        return f"--data.image-size {size}" if size == self.data.image_size else f"--augment.size {size}"
 
 
 # Fields that say where and how a run is carried out, not what it computes: a resume may change them. The dataset's path
@@ -464,15 +518,17 @@ def from_dict(cls: type, data: Mapping[str, Any], method_config: type[MethodConf
             return user_path(value)
         if get_origin(hint) in (Union, types.UnionType):
             return None if value is None else build(next(a for a in get_args(hint) if a is not type(None)), value)
-        return tuple(value) if get_origin(hint) is tuple else value
+        return tuple(build(get_args(hint)[0], item) for item in value) if get_origin(hint) is tuple else value
 
     return cls(**{name: build(hints[name], value) for name, value in data.items()})
 
 
 def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted names."""
+    """Nested dicts, and lists of dicts by number, as one dict with dotted names."""
     flat: dict[str, Any] = {}
     for name, value in data.items():
+        if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}
         flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value})
     return flat
 

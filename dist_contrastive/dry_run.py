@@ -137,10 +137,12 @@ def _dataset(config: TrainConfig) -> tuple[Manifest | None, str]:
 
 
 def _add_config(plan: Plan, config: TrainConfig, manifest: Manifest | None, why_not: str, start: str) -> None:
-    size, optim = config.data.image_size, config.optim
+    optim = config.optim
+    layout = config.augment.layout(config.data.image_size)
+    views = " and ".join(f"{len(views)} of {size}×{size} pixels" for size, _, views in layout)
     plan.add(
         "recipe",
-        f"{config.recipe}: {config.method.name}, {config.encoder.name}, {config.augment.num_views} views of {size}×{size} pixels",
+        f"{config.recipe}: {config.method.name}, {config.encoder.name}, views: {views}",
     )
     plan.add("run folder", str(config.run_dir), start)
     peak = f"{optim.learning_rate:g} per 256 samples = {peak_learning_rate(optim, config.batch.size):g} at its peak"

@@ -186,22 +186,22 @@ def zero_launch(config: TrainConfig) -> ZeroLaunch | None:
 def check_crops(config: TrainConfig, heights: np.ndarray, widths: np.ndarray) -> None:
     """`UserError` where images of these sizes [N], in pixels, have no crops as configured: the loader would take others."""
     heights, widths = heights.astype(np.float64), widths.astype(np.float64)
-    (low, high), (narrow, wide) = config.augment.crop_scale, config.augment.crop_ratio
-    smallest = (heights * widths).min()
-    require(
-        low * smallest >= 1,
-        f"--augment.crop-scale {low:g} {high:g}: of an image of {smallest:.0f} pixels that is less than one pixel; give at least "
-        f"{1 / smallest:.2g} {max(high, 1 / smallest):.2g}",
-    )
-    # A crop of aspect r fits into an image of aspect a up to an area of min(a / r, r / a).
-    aspects = widths / heights
-    nearest = np.clip(aspects, narrow, wide)
-    largest = np.minimum(aspects / nearest, nearest / aspects).max()
-    require(
-        low <= largest,
-        f"--augment.crop-scale {low:g} {high:g} with --augment.crop-ratio {narrow:g} {wide:g}: no image has such; "
-        f"give a smaller scale, at most {math.floor(100 * largest) / 100:g}, or ratios nearer to the images' own",
-    )
+    smallest, aspects = (heights * widths).min(), widths / heights
+    for group in config.augment.groups:
+        (low, high), (narrow, wide) = group.crop_scale, group.crop_ratio
+        require(
+            low * smallest >= 1,
+            f"--augment.crop-scale {low:g} {high:g}: of an image of {smallest:.0f} pixels that is less than one pixel; give at "
+            f"least {1 / smallest:.2g} {max(high, 1 / smallest):.2g}",
+        )
+        # A crop of aspect r fits into an image of aspect a up to an area of min(a / r, r / a).
+        nearest = np.clip(aspects, narrow, wide)
+        largest = np.minimum(aspects / nearest, nearest / aspects).max()
+        require(
+            low <= largest,
+            f"--augment.crop-scale {low:g} {high:g} with --augment.crop-ratio {narrow:g} {wide:g}: no image has such; "
+            f"give a smaller scale, at most {math.floor(100 * largest) / 100:g}, or ratios nearer to the images' own",
+        )
     shortest = np.minimum(heights, widths).min()
     require(
         config.data.eval_crop * shortest >= 1,

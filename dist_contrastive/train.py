@@ -8,6 +8,9 @@ RECIPE is a config with a name (photos if none is given); --list tells what ther
     accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_simclr \\
         --data.path data/mine.beton --data.image-size 96 --encoder.name resnet18 --run-dir runs/mine
 
+Views come in groups that are made alike: --augment.blur 0 is for all of them, --augment.1.blur 0 for group 1 alone (the first is
+group 0).
+
 A run that was stopped goes on where it stopped when the same command is given again.
 
 With --dry-run everything is built and the plan is printed: steps, memory, collectives, disk. Nothing is trained or written. The

@@ -55,19 +55,19 @@ def _try(config: TrainConfig, device: str) -> int:
 
     What `fewest_samples` returns; raises whatever the model does.
     """
-    side, num_views = config.data.image_size, config.augment.num_views
-    encoder = config.encoder
+    encoder, side = config.encoder, config.data.image_size
     if encoder.norm == "sync":  # takes the same sizes, and asks no other rank
         encoder = replace(encoder, norm="batch")
     with torch.random.fork_rng(devices=[]), torch.device(device):
         method = build_method(replace(config, encoder=encoder)).train()
         samples = Samples(labels=torch.zeros(ENOUGH, dtype=torch.int64), indices=torch.arange(ENOUGH), epoch=0)
-        batch = Batch((torch.zeros(num_views, ENOUGH, 3, side, side),), samples)
+        layout = config.augment.layout(side)
+        batch = Batch(tuple(torch.zeros(len(views), ENOUGH, 3, size, size) for size, _, views in layout), samples)
         with _watched(method):
             embeddings = [z for z in method.embed_all(batch).values() if z.requires_grad]
             torch.autograd.backward(embeddings, [torch.ones_like(z) for z in embeddings])
             with torch.no_grad():
-                method.eval().encoder(batch.views[0][0])
+                method.eval().encoder(torch.zeros(ENOUGH, 3, side, side))
         try:
             with torch.no_grad():
                 method.train().embed_all(batch.part(slice(1)))

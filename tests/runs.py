@@ -21,6 +21,7 @@ from dist_contrastive.config import (
     ProbeConfig,
     TrainConfig,
     UserError,
+    ViewConfig,
 )  # fmt: skip
 from dist_contrastive.methods.simclr import SimCLRConfig
 from dist_contrastive.metrics import read_metrics
@@ -47,7 +48,7 @@ def tiny_config(run_dir: Path, dataset: Path, *, norm: str = "batch", **changes:
         log_every=1,
         method=SimCLRConfig(temperature=0.2, projector=HeadConfig(hidden_size=32, output_size=16)),
         data=DataConfig(path=dataset, image_size=16, timeout_s=60.0),
-        augment=AugmentConfig(blur=(1.0, 0.1), solarize=(0.0, 0.2)),
+        augment=AugmentConfig((ViewConfig(blur=1.0), ViewConfig(blur=0.1, solarize=0.2))),
         encoder=EncoderConfig(name="resnet10_w16", stem="small", norm=norm, dropout=0.1),  # type: ignore[arg-type]
         batch=BatchConfig(size=GLOBAL_BATCH),
         optim=OptimConfig(learning_rate=1e-2, warmup_epochs=1, clip_norm=1.0),

@@ -12,16 +12,17 @@ from torchvision.transforms.v2 import functional as F
 
 from dist_contrastive import rng
 from dist_contrastive.batch import Batch, Samples
-from dist_contrastive.config import AugmentConfig
+from dist_contrastive.config import AugmentConfig, ViewConfig
 from dist_contrastive.data import augment as module
-from dist_contrastive.data.augment import Augment, to_displayable, to_float, to_normalized
+from dist_contrastive.data.augment import Augment, _Views, to_displayable, to_float, to_normalized
 from dist_contrastive.rng import Stream
 
 CPU = torch.device("cpu")
 # Nothing happens to an image but what a test asks for.
-OFF = AugmentConfig(flip=(0.0,), jitter=(0.0,), grayscale=(0.0,), blur=(0.0,), solarize=(0.0,))
+OFF_VIEW = ViewConfig(flip=0.0, jitter=0.0, grayscale=0.0, blur=0.0, solarize=0.0)
+OFF = AugmentConfig((replace(OFF_VIEW, count=2),))
 # Everything happens to some of the images.
-ALL = AugmentConfig(flip=(0.5,), jitter=(0.8,), grayscale=(0.2,), blur=(0.5, 0.9), solarize=(0.3, 0.5))
+ALL = AugmentConfig((ViewConfig(blur=0.5, solarize=0.3), ViewConfig(blur=0.9, solarize=0.5)))
 # Views without normalization are easier to compare: one level of 255 is 1 / 255.
 PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 LEVEL = 1 / 255
@@ -36,8 +37,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-def configured(config: AugmentConfig, **changes: Any) -> AugmentConfig:
-    return replace(config, **changes)
+def configured(config: AugmentConfig, *, mean: Any = None, std: Any = None, **changes: Any) -> AugmentConfig:
+    """`config` with the changes in all views."""
+    return replace(config.with_all(**changes), mean=mean or config.mean, std=std or config.std)
 
 
 def random_batch(num: int, side: int, num_views: int = 2, *, epoch: int = 0, seed: int = 0) -> Batch:
@@ -137,7 +139,7 @@ def test_the_blurs_kernel_is_the_odd_number_nearest_to_a_tenth_of_the_side(side,
 @pytest.mark.parametrize("threshold", [0.3, 0.5])
 def test_solarize_is_torchvisions(side, threshold):
     images = pictures(9, side)
-    assert torch.equal(module.solarize(images, threshold), F.solarize(images, threshold))
+    assert torch.equal(module.solarize(images, torch.full((len(images),), threshold)), F.solarize(images, threshold))
 
 
 def test_normalize_is_torchvisions():
@@ -173,30 +175,31 @@ def reference_view(image: Tensor, config: AugmentConfig, key: Tensor, view: int)
     def number(word: int) -> float:
         return rng.unit(rng.fold(key, word)).item()
 
-    def happens(stream: Stream, probabilities: tuple[float, ...]) -> bool:
-        return number(stream) < probabilities[view % len(probabilities)]
+    def happens(stream: Stream, probability: float) -> bool:
+        return number(stream) < probability
 
-    side = image.shape[0]
+    side, (mean, std) = image.shape[0], (config.mean, config.std)
+    of_view = [group for group in config.groups for _ in range(group.count)][view]
     out = image.permute(2, 0, 1) / 255
-    if happens(Stream.FLIP, config.flip):
+    if happens(Stream.FLIP, of_view.flip):
         out = F.horizontal_flip(out)
-    if happens(Stream.JITTER, config.jitter):
+    if happens(Stream.JITTER, of_view.jitter):
         adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
-        strengths = (config.brightness, config.contrast, config.saturation, config.hue)
+        strengths = (of_view.brightness, of_view.contrast, of_view.saturation, of_view.hue)
         for turn in sorted(range(4), key=lambda k: number(Stream.JITTER + 5 + k)):
             low = -strengths[turn] if turn == 3 else 1 - strengths[turn]
             high = strengths[turn] if turn == 3 else 1 + strengths[turn]
             out = adjust[turn](out, low + (high - low) * number(Stream.JITTER + 1 + turn))
-    if happens(Stream.GRAYSCALE, config.grayscale):
+    if happens(Stream.GRAYSCALE, of_view.grayscale):
         out = F.rgb_to_grayscale(out, num_output_channels=3)
-    if happens(Stream.BLUR, config.blur) and side > 1:
-        low, high = config.blur_sigma
+    if happens(Stream.BLUR, of_view.blur) and side > 1:
+        low, high = of_view.blur_sigma
         sigma = low + (high - low) * number(Stream.BLUR + 1)
         size = max(3, 2 * round((side / 10 - 1) / 2) + 1)
         out = F.gaussian_blur(out, kernel_size=[size, size], sigma=[sigma, sigma])
-    if happens(Stream.SOLARIZE, config.solarize):
-        out = F.solarize(out, config.solarize_threshold)
-    return F.normalize(out, list(config.mean), list(config.std))
+    if happens(Stream.SOLARIZE, of_view.solarize):
+        out = F.solarize(out, of_view.solarize_threshold)
+    return F.normalize(out, list(mean), list(std))
 
 
 @pytest.mark.parametrize("side", [1, 2, 17, 32])
@@ -209,6 +212,39 @@ def test_views_are_what_torchvision_makes_of_each_sample_with_its_own_parameters
             key = rng.sample_keys(9, 4, index.view(1), view)
             expected = reference_view(batch.views[0][view, position], config, key, view)
             assert_within_a_level(views[view, position], expected)
+
+
+UNLIKE = AugmentConfig(
+    (
+        ViewConfig(flip=0.3, jitter=1.0, brightness=0.9, hue=0.0, blur=1.0, blur_sigma=(0.1, 0.3)),
+        ViewConfig(count=2, jitter=0.9, contrast=0.0, saturation=0.0, hue=0.4, blur=0.7, blur_sigma=(1.0, 3.0)),
+        ViewConfig(
+            jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, solarize=0.8, solarize_threshold=0.2
+        ),
+        ViewConfig(count=0),
+        ViewConfig(grayscale=0.9, solarize=0.9, solarize_threshold=0.7),
+    ),
+    **PLAIN,
+)
+
+
+def test_groups_of_one_tensor_have_parameters_of_their_own():
+    batch = random_batch(30, 12, UNLIKE.num_views)
+    views = Augment(UNLIKE, seed=5)(batch, CPU).views[0]
+    for view in range(UNLIKE.num_views):
+        for position, index in enumerate(batch.samples.indices):
+            key = rng.sample_keys(5, 0, index.view(1), view)
+            expected = reference_view(batch.views[0][view, position], UNLIKE, key, view)
+            assert_within_a_level(views[view, position], expected)
+
+
+def test_views_of_several_sizes_are_numbered_through():
+    """Each tensor holds what its views would be as part of one alone, with the numbers that follow those before it."""
+    whole = random_batch(10, 8, UNLIKE.num_views)
+    cuts = [whole.views[0][:2], whole.views[0][2:3], whole.views[0][3:]]
+    apart = Augment(UNLIKE, seed=5)(replace(whole, views=tuple(cuts)), CPU)
+    assert [len(views) for views in apart.views] == [2, 1, 2]
+    assert torch.equal(torch.cat(apart.views), Augment(UNLIKE, seed=5)(whole, CPU).views[0])
 
 
 def test_views_have_the_documented_shape_and_layout():
@@ -233,7 +269,7 @@ def test_the_batch_it_was_given_stays_as_it_is():
 @pytest.mark.parametrize("strength", ["brightness", "contrast", "saturation", "hue"])
 def test_a_jitter_of_one_strength_changes_that_alone(strength):
     zeros: dict[str, Any] = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
-    config = configured(OFF, jitter=(1.0,), **(zeros | {strength: 0.4}), **PLAIN)
+    config = configured(OFF, jitter=1.0, **(zeros | {strength: 0.4}), **PLAIN)
     batch = random_batch(10, 8)
     views = Augment(config, seed=1)(batch, CPU).views[0]
     for view in range(2):
@@ -242,7 +278,7 @@ def test_a_jitter_of_one_strength_changes_that_alone(strength):
             assert_within_a_level(
                 views[view, position], reference_view(batch.views[0][view, position], config, key, view)
             )
-    without = Augment(configured(OFF, jitter=(1.0,), **zeros, **PLAIN), seed=1)(batch, CPU).views[0]
+    without = Augment(configured(OFF, jitter=1.0, **zeros, **PLAIN), seed=1)(batch, CPU).views[0]
     assert_within_a_level(without, to_normalized(batch.views[0], config, CPU))
 
 
@@ -306,11 +342,16 @@ def test_views_are_a_pure_function_of_seed_epoch_index_and_view():
 PROBABILITIES = ["flip", "jitter", "grayscale", "blur", "solarize"]
 
 
+def changed_to(name: str, value: Any) -> dict[str, Any]:
+    return {name: value}
+
+
 @pytest.mark.parametrize("name", PROBABILITIES)
 def test_probabilities_hold_for_each_view(name):
     """At 0 and 1 exactly, in between to five standard deviations of 3,000 samples."""
     num, wanted = 3000, (0.0, 0.3, 0.8, 1.0)
-    config = configured(OFF, num_views=4, blur_sigma=(1.0, 2.0), **{name: wanted}, **PLAIN)
+    groups = [replace(OFF_VIEW, blur_sigma=(1.0, 2.0), **changed_to(name, probability)) for probability in wanted]
+    config = AugmentConfig(tuple(groups), **PLAIN)
     image = torch.tensor([[[10, 60, 200], [90, 20, 30]], [[250, 140, 70], [5, 180, 110]]], dtype=torch.uint8)
     views = image.expand(4, num, 2, 2, 3).contiguous()
     batch = Batch((views,), Samples(torch.zeros(num, dtype=torch.int64), torch.arange(num), epoch=0))
@@ -322,9 +363,9 @@ def test_probabilities_hold_for_each_view(name):
 
 
 @pytest.mark.parametrize("name", PROBABILITIES)
-def test_one_probability_holds_for_all_views(name):
-    config = configured(OFF, num_views=3, **{name: (0.6,)})
-    each_view = configured(config, **{name: (0.6, 0.6, 0.6)})
+def test_a_groups_probability_holds_for_all_its_views(name):
+    view = replace(OFF_VIEW, **changed_to(name, 0.6))
+    config, each_view = AugmentConfig((replace(view, count=3),)), AugmentConfig((view, replace(view, count=2)))
     batch = random_batch(30, 8, num_views=3)
     assert torch.equal(Augment(config, seed=0)(batch, CPU).views[0], Augment(each_view, seed=0)(batch, CPU).views[0])
 
@@ -332,8 +373,8 @@ def test_one_probability_holds_for_all_views(name):
 def test_operations_are_chosen_independently_of_each_other():
     num = 4000
     batch = random_batch(num, 1)
-    config = configured(OFF, **dict.fromkeys(PROBABILITIES, (0.5,)))
-    chosen, numbers = Augment(config, seed=0)._draw(batch.samples)
+    config = configured(OFF, **dict.fromkeys(PROBABILITIES, 0.5))
+    chosen, numbers = _Views(0, 2 * [replace(config.groups[0], count=1)], config, seed=0).draw(batch.samples)
     assert chosen.shape == (2 * num, 5)
     assert numbers.shape == (2 * num, 9)
     drawn = torch.cat([chosen[:num].float(), chosen[num:].float(), numbers[:num], numbers[num:]], dim=1)

@@ -36,13 +36,39 @@ def test_without_arguments_the_recipe_stays_as_it_is() -> None:
     assert parse() == RECIPES["photos"]()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "flips", "scales"),
+    [
+        (["--augment.flip", "0.1"], [0.1, 0.1], [(0.08, 1.0), (0.08, 1.0)]),
+        (["--augment.1.flip=0.1"], [0.5, 0.1], [(0.08, 1.0), (0.08, 1.0)]),
+        (["--augment.crop_scale", "0.2", "0.5", "--augment.flip=0"], [0.0, 0.0], [(0.2, 0.5), (0.2, 0.5)]),
+        (["--augment.flip=0.3", "--augment.0.flip", "0.1", "--seed", "1"], [0.1, 0.3], [(0.08, 1.0), (0.08, 1.0)]),
+        (["--augment.0.crop-scale", "0.3", "1", "--augment.flip", "1"], [1.0, 1.0], [(0.3, 1.0), (0.08, 1.0)]),
+    ],
+)
+def test_an_option_of_a_group_without_its_number_is_for_all_groups(
+    arguments: list[str], flips: list[float], scales: list[tuple[float, float]]
+) -> None:
+    groups = cli.parse(RECIPES["cifar10_simclr"](), arguments).augment.groups
+    assert [group.flip for group in groups] == flips
+    assert [group.crop_scale for group in groups] == scales
+    assert [group.solarize for group in groups] == [0.0, 0.2]
+
+
+def test_a_single_group_needs_no_number() -> None:
+    short, numbered = parse("--augment.flip", "0.1"), parse("--augment.0.flip", "0.1")
+    assert short == numbered
+    assert error_of("--augment.1.flip", "0.1").startswith("unknown option --augment.1.flip")
+
+
 def test_values_replace_single_fields() -> None:
     config = parse(
-        "--batch.global", "64", "--optim.learning-rate=1e-2", "--run-dir", "some/where", "--augment.flip", "0.1", "0.9",
+        "--batch.global", "64", "--optim.learning-rate=1e-2", "--run-dir", "some/where", "--augment.flip", "0.1",
         "--overwrite", "--method.temperature", "0.3", "--method.projector.layers", "3",
     )  # fmt: skip
     assert (config.batch.size, config.optim.learning_rate, config.run_dir) == (64, 0.01, Path("some/where"))
-    assert (config.augment.flip, config.overwrite) == ((0.1, 0.9), True)
+    assert config.augment.groups == (replace(RECIPES["photos"]().augment.groups[0], flip=0.1),)
+    assert config.overwrite
     assert config.method == type(config.method)(
         name="simclr",
         projector=type(config.method.projector)(layers=3, hidden_size=256, output_size=128),

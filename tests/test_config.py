@@ -22,6 +22,7 @@ from dist_contrastive.config import (
     ProbeConfig,
     TrainConfig,
     UserError,
+    ViewConfig,
     differences,
     flatten,
     from_dict,
@@ -80,8 +81,10 @@ def parts(config: Any) -> Iterator[Any]:
     """The dataclass and all dataclasses in it."""
     yield config
     for field in dataclasses.fields(config):
-        if dataclasses.is_dataclass(value := getattr(config, field.name)):
-            yield from parts(value)
+        value = getattr(config, field.name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if dataclasses.is_dataclass(part):
+                yield from parts(part)
 
 
 def test_frozen() -> None:
@@ -102,17 +105,19 @@ NAN, INF = float("nan"), float("inf")
         ("--data.threads", lambda: DataConfig(threads=-1)),
         ("--data.batches-ahead", lambda: DataConfig(batches_ahead=0)),
         ("--data.timeout-s", lambda: DataConfig(timeout_s=NAN)),
-        ("--augment.num-views", lambda: AugmentConfig(num_views=0)),
-        ("--augment.flip", lambda: AugmentConfig(flip=(0.5, 0.5, 0.5))),
-        ("--augment.jitter", lambda: AugmentConfig(jitter=(1.5,))),
-        ("--augment.blur", lambda: AugmentConfig(blur=())),
-        ("--augment.contrast", lambda: AugmentConfig(contrast=-0.1)),
-        ("--augment.hue", lambda: AugmentConfig(hue=0.6)),
-        ("--augment.crop-scale", lambda: AugmentConfig(crop_scale=(0.5, 0.2))),
-        ("--augment.crop-ratio", lambda: AugmentConfig(crop_ratio=(0.0, 1.0))),
-        ("--augment.blur-sigma", lambda: AugmentConfig(blur_sigma=(2.0, 1.0))),
+        ("--augment.count", lambda: ViewConfig(count=-1)),
+        ("--augment.count", lambda: AugmentConfig((ViewConfig(count=0),))),
+        ("--augment.size", lambda: ViewConfig(size=-1)),
+        ("--augment.flip", lambda: ViewConfig(flip=NAN)),
+        ("--augment.jitter", lambda: ViewConfig(jitter=1.5)),
+        ("--augment.blur", lambda: ViewConfig(blur=-0.1)),
+        ("--augment.contrast", lambda: ViewConfig(contrast=-0.1)),
+        ("--augment.hue", lambda: ViewConfig(hue=0.6)),
+        ("--augment.crop-scale", lambda: ViewConfig(crop_scale=(0.5, 0.2))),
+        ("--augment.crop-ratio", lambda: ViewConfig(crop_ratio=(0.0, 1.0))),
+        ("--augment.blur-sigma", lambda: ViewConfig(blur_sigma=(2.0, 1.0))),
         ("--augment.std", lambda: AugmentConfig(std=(0.2, 0.0, 0.2))),
-        ("--augment.solarize-threshold", lambda: AugmentConfig(solarize_threshold=1.5)),
+        ("--augment.solarize-threshold", lambda: ViewConfig(solarize_threshold=1.5)),
         ("--encoder.dropout", lambda: EncoderConfig(dropout=1.0)),
         ("--encoder.drop-path", lambda: EncoderConfig(drop_path=1.0)),
         ("--encoder.patch-size", lambda: EncoderConfig(patch_size=-1)),
@@ -195,8 +200,10 @@ def pair(**changes: Any) -> TrainConfig:
             "--batch.memory-gib 4 is for --batch.micro auto, not for --batch.micro 0: give --batch.micro auto with it",
         ),
         (
-            lambda: pair(data=DataConfig(image_size=1), augment=AugmentConfig(blur=(0.0, 0.5))),
-            "--augment.blur 0.0 0.5 with --data.image-size 1: one pixel can't be blurred; give --augment.blur 0",
+            lambda: pair(
+                data=DataConfig(image_size=1), augment=AugmentConfig((ViewConfig(blur=0.0), ViewConfig(blur=0.5)))
+            ),
+            "--augment.blur 0.5 with --data.image-size 1: one pixel can't be blurred; give --augment.blur 0",
         ),
         (
             lambda: VICRegConfig(invariance=0.0, variance=0.0, covariance=0.0),
@@ -215,7 +222,7 @@ def test_what_is_valid_alone_and_not_together_is_refused_with_both_names(
 def test_a_warm_up_as_long_as_the_run_and_its_neighbours_are_let_through() -> None:
     pair(epochs=5, optim=OptimConfig(warmup_epochs=5))
     BatchConfig(micro="auto", memory_gib=4.0)
-    pair(data=DataConfig(image_size=2), augment=AugmentConfig(blur=(0.5,)))
+    pair(data=DataConfig(image_size=2), augment=AugmentConfig((ViewConfig(blur=0.5),)))
     VICRegConfig(invariance=0.0, variance=0.0)
 
 

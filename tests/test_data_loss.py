@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dist_contrastive.checkpoint import CheckpointStore
-from dist_contrastive.config import AugmentConfig, CheckpointConfig
+from dist_contrastive.config import AugmentConfig, CheckpointConfig, ViewConfig
 from tests.harness import run_ranks
 from tests.runs import (
     STEPS_PER_EPOCH,
@@ -54,7 +54,7 @@ def test_overwrite_deletes_nothing_for_a_run_that_can_not_start(dataset: Path, t
     run_ranks(train_on_rank, 1, config)
     before = contents(config.run_dir)
     for mistake in (
-        replace(config, augment=AugmentConfig(num_views=1)),
+        replace(config, augment=AugmentConfig((ViewConfig(),))),
         replace(config, encoder=replace(config.encoder, name="resnet19")),
         replace(config, init_from=tmp_path / "nowhere.safetensors"),
     ):

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as F
 
 from dist_contrastive import rng
 from dist_contrastive.batch import Batch, Samples, Share
-from dist_contrastive.config import AugmentConfig, DataConfig, UserError
+from dist_contrastive.config import AugmentConfig, DataConfig, UserError, ViewConfig
 from dist_contrastive.data import loader
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import TEST, TRAIN
@@ -29,7 +29,7 @@ NUM_SAMPLES, NUM_TEST = 53, 7
 GLOBAL_BATCH = 12
 SIZE = 24
 DATA = DataConfig(image_size=SIZE, timeout_s=60)
-AUGMENT = AugmentConfig(num_views=2)
+AUGMENT = AugmentConfig()
 # Levels of 255. FFCV asks libjpeg-turbo for its fast transform, Pillow for the accurate one: about one level apart on
 # average and a few at most at the qualities that are tested (75 to 90).
 JPEG_TOLERANCE = 6
@@ -191,7 +191,7 @@ def test_a_samples_boxes_differ_by_seed_epoch_and_view_and_depend_on_nothing_els
     assert share_equal(boxes, random_boxes(small, AUGMENT, seed=0, epoch=1, samples=samples)) < 0.05
     some = np.array([150, 3, 77])
     np.testing.assert_array_equal(random_boxes(small, AUGMENT, seed=0, epoch=0, samples=some), boxes[:, some])
-    more_views = random_boxes(small, AugmentConfig(num_views=5), seed=0, epoch=0, samples=samples)
+    more_views = random_boxes(small, AugmentConfig((ViewConfig(count=5),)), seed=0, epoch=0, samples=samples)
     np.testing.assert_array_equal(more_views[:2], boxes)
 
 
@@ -200,7 +200,7 @@ def test_a_samples_boxes_differ_by_seed_epoch_and_view_and_depend_on_nothing_els
 def test_boxes_are_distributed_as_torchvisions(dataset, shape, scale):
     """Two-sample Kolmogorov-Smirnov tests of area, aspect ratio and place against 2,000 of torchvision's boxes."""
     height, width = shape
-    augment = AugmentConfig(num_views=2000, crop_scale=scale)
+    augment = AugmentConfig((ViewConfig(count=2000, crop_scale=scale),))
     sample = np.array([SHAPES.index(shape)])
     ours = random_boxes(dataset, augment, seed=0, epoch=0, samples=sample)[:, 0]
     assert np.all(ours[:, :2] >= 0)
@@ -209,7 +209,7 @@ def test_boxes_are_distributed_as_torchvisions(dataset, shape, scale):
     assert np.all(ours[:, 1] + ours[:, 3] <= width)
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
-    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(augment.crop_ratio)) for _ in ours])
+    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(ViewConfig().crop_ratio)) for _ in ours])
     for name, value in {
         "area": lambda b: b[:, 2] * b[:, 3],
         "aspect": lambda b: b[:, 3] / b[:, 2],
@@ -227,9 +227,9 @@ def test_boxes_are_distributed_as_torchvisions(dataset, shape, scale):
 
 @pytest.mark.parametrize("shape", [(5, 90), (7, 1), (1, 9), (1, 1)])
 def test_where_no_try_fits_the_box_is_torchvisions_centred_one(dataset, shape):
-    augment = AugmentConfig(num_views=20, crop_scale=(1.0, 1.0))
+    augment = AugmentConfig((ViewConfig(count=20, crop_scale=(1.0, 1.0)),))
     boxes = random_boxes(dataset, augment, seed=0, epoch=0, samples=np.array([SHAPES.index(shape)]))
-    expected = RandomResizedCrop.get_params(torch.empty(3, *shape), [1.0, 1.0], list(augment.crop_ratio))
+    expected = RandomResizedCrop.get_params(torch.empty(3, *shape), [1.0, 1.0], list(ViewConfig().crop_ratio))
     if shape[1] == 1:  # torchvision's crop of a column has no pixel left once its width is rounded
         expected = tuple(max(number, floor) for number, floor in zip(expected, (0, 0, 1, 1), strict=True))
     np.testing.assert_array_equal(boxes[:, 0], np.broadcast_to(expected, (20, 4)))
@@ -337,13 +337,55 @@ def test_a_batch_shares_no_memory_with_what_comes_later(dataset):
     np.testing.assert_array_equal(dataset.labels, labels)
 
 
+# Several sizes
+
+CROPS = AugmentConfig(
+    (
+        ViewConfig(count=2),
+        ViewConfig(count=3, size=5, crop_scale=(0.05, 0.4)),
+        ViewConfig(size=40, crop_ratio=(1.0, 1.0)),
+    )
+)
+
+
+def test_views_of_several_sizes_are_numbered_through_and_cut_each_to_its_own(dataset, pixels):
+    worst = {0: 0.0, 1: 0.0}
+    for batch in epoch_of(dataset, augment=CROPS):
+        samples = batch.samples.indices.numpy()
+        shapes = [tuple(views.shape) for views in batch.views]
+        assert shapes == [(count, GLOBAL_BATCH, side, side, 3) for count, side in ((2, SIZE), (3, 5), (1, 40))]
+        boxes = random_boxes(dataset, CROPS, seed=0, epoch=0, samples=samples)
+        views = [view.numpy() for of_size in batch.views for view in of_size]
+        for view, position in itertools.product(range(CROPS.num_views), range(len(samples))):
+            sample = samples[position]
+            expected = resized_by_torchvision(pixels[sample], boxes[view, position], views[view].shape[1])
+            kind = int(dataset.is_jpeg[sample])
+            worst[kind] = max(worst[kind], np.abs(views[view][position] - expected).max())
+    assert worst[0] < 0.51
+    assert worst[1] < JPEG_TOLERANCE
+
+
+def test_a_views_pixels_do_not_depend_on_the_sizes_of_the_others(dataset):
+    one_size, several = CROPS.with_all(size=0), CROPS
+    for alike, batch in zip(epoch_of(dataset, augment=one_size), epoch_of(dataset, augment=several), strict=True):
+        assert torch.equal(alike.views[0][:2], batch.views[0])
+
+
+def test_a_box_follows_its_own_groups_scale_and_ratio(dataset):
+    samples = np.array([SHAPES.index((150, 120))])
+    augment = CROPS.with_all(count=200)
+    whole, part, square = random_boxes(dataset, augment, seed=0, epoch=0, samples=samples)[:, 0].reshape(3, 200, 4)
+    assert (part[:, 2] * part[:, 3]).max() <= 0.41 * 150 * 120 < (whole[:, 2] * whole[:, 3]).max()
+    np.testing.assert_array_equal(square[:, 2], square[:, 3])
+
+
 # Errors
 
 
 def epoch_with_boxes(dataset: Dataset, boxes: Any, timeout_s: float = 60) -> Epoch:
     """An epoch of one-sample batches over the small dataset, whose threads call `boxes`."""
     return Epoch(
-        dataset, DataConfig(image_size=8, timeout_s=timeout_s), lambda k: np.array([k]), boxes, epoch=0, num_views=1,
+        dataset, DataConfig(image_size=8, timeout_s=timeout_s), lambda k: np.array([k]), boxes, epoch=0, views=[(1, 8)],
         first_batch=0, num_batches=10, threads=2, pin_memory=False,
     )  # fmt: skip
 
@@ -473,7 +515,7 @@ def test_an_error_in_the_order_ends_the_threads(small):
         return np.array([[0], [1], [2], [10**6]][number])
 
     epoch = Epoch(
-        small, DataConfig(image_size=8, batches_ahead=2), batches, whole_image, epoch=0, num_views=1,
+        small, DataConfig(image_size=8, batches_ahead=2), batches, whole_image, epoch=0, views=[(1, 8)],
         first_batch=0, num_batches=4, threads=2, pin_memory=False,
     )  # fmt: skip
     assert next(epoch).samples.indices.item() == 0

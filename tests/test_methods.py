@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_contrastive.checkpoint import load_module
-from dist_contrastive.config import EncoderConfig, HeadConfig, TrainConfig, UserError
+from dist_contrastive.config import AugmentConfig, EncoderConfig, HeadConfig, TrainConfig, UserError, ViewConfig
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.base import Embeddings, Method
 from dist_contrastive.models.teacher import Teacher
@@ -194,8 +194,8 @@ def test_too_few_or_too_many_views_are_refused(name: str, dataset: Path, tmp_pat
     wrong = [cls.min_views - 1] if cls.min_views > 1 else []
     wrong += [cls.max_views + 1] if cls.max_views else []
     for views in wrong:
-        augment = replace(config.augment, num_views=views, blur=(0.5,), solarize=(0.0,))
+        augment = AugmentConfig((ViewConfig(count=views),))
         with pytest.raises(
-            UserError, match=rf"^--augment.num-views {views}: {name} needs (exactly|at least) {cls.min_views}"
+            UserError, match=rf"^--augment.count {views}: {name} needs (exactly|at least) {cls.min_views}"
         ):
             build_method(replace(config, augment=augment))

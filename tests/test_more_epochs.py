@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_contrastive.config import OptimConfig, ProbeConfig, TrainConfig, UserError
+from dist_contrastive.config import AugmentConfig, OptimConfig, ProbeConfig, TrainConfig, UserError, ViewConfig
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.byol import BYOLConfig
 from dist_contrastive.optim import learning_rate
@@ -108,7 +108,7 @@ def test_what_a_step_takes_from_the_runs_length_is_the_teachers_momentum(name: s
             method=method_config,
             data=base.data,
             encoder=base.encoder,
-            augment=replace(base.augment, num_views=views, blur=(0.0,), solarize=(0.0,)),
+            augment=AugmentConfig((ViewConfig(count=views),)),
         )
         method = build_method(config)
         with torch.no_grad():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dist_contrastive import preflight, trial
 from dist_contrastive.batch import Batch, Samples, largest_micro, smallest_part
 from dist_contrastive.config import (
+    AugmentConfig,
     BatchConfig,
     CheckpointConfig,
     EncoderConfig,
@@ -21,6 +22,7 @@ from dist_contrastive.config import (
     ProbeConfig,
     TrainConfig,
     UserError,
+    ViewConfig,
 )  # fmt: skip
 from dist_contrastive.data.beton import open_dataset
 from dist_contrastive.methods import METHODS
@@ -39,7 +41,7 @@ HEAD = HeadConfig(layers=2, hidden_size=8, output_size=4)
 def with_method(method: MethodConfig, *, norm: str = "batch", size: int = 2, micro: int = 0) -> TrainConfig:
     config = tiny_config(Path("run"), Path("data.beton"), norm=norm, stop_after_steps=2)
     views = METHODS[method.name].min_views
-    augment = replace(config.augment, num_views=views, blur=(0.5,), solarize=(0.0,))
+    augment = AugmentConfig((ViewConfig(count=views),))
     return replace(config, method=method, augment=augment, batch=BatchConfig(size=size, micro=micro))
 
 
@@ -331,7 +333,7 @@ def test_options_that_the_data_rules_out(changes: dict[str, Any], line: str, dat
 def test_crops_that_no_image_has_are_refused(augment: dict[str, Any], line: str, dataset: Path, tmp_path: Path) -> None:
     """The loader would take the largest centred crop instead."""
     config = tiny_config(tmp_path, dataset)
-    config = replace(config, augment=replace(config.augment, **augment))
+    config = replace(config, augment=config.augment.with_all(**augment))
     with pytest.raises(UserError) as caught:
         check_crops(config)
     assert str(caught.value).startswith(line)

@@ -20,9 +20,11 @@ OPTIONS = set(
 --method.projector.layers --method.projector.hidden-size --method.projector.output-size
 --method.projector.output-norm --method.projector.no-output-norm
 --data.path --data.image-size --data.eval-crop --data.threads --data.batches-ahead --data.timeout-s
---augment.num-views --augment.crop-scale --augment.crop-ratio --augment.flip --augment.jitter --augment.brightness
---augment.contrast --augment.saturation --augment.hue --augment.grayscale --augment.blur --augment.blur-sigma
---augment.solarize --augment.solarize-threshold --augment.mean --augment.std
+--augment.count --augment.size --augment.crop-scale --augment.crop-ratio --augment.flip
+--augment.jitter --augment.brightness --augment.contrast --augment.saturation --augment.hue
+--augment.grayscale --augment.blur --augment.blur-sigma --augment.solarize
+--augment.solarize-threshold
+--augment.mean --augment.std
 --encoder.name --encoder.stem --encoder.norm --encoder.dropout --encoder.drop-path --encoder.patch-size
 --batch.global --batch.micro --batch.memory-gib
 --optim.name --optim.learning-rate --optim.weight-decay --optim.momentum --optim.warmup-epochs --optim.clip-norm

@@ -77,7 +77,7 @@ def whole_run(folder: Path, num_samples: int = 240) -> RunReport:
         thumbnails=images,
         spectrum=np.logspace(0, -2, SIZE),
         untrained_spectrum=np.logspace(0, -6, SIZE),
-        views=noise.integers(0, 256, size=(8, 2, 16, 16, 3)).astype(np.uint8),
+        views=[noise.integers(0, 256, size=(8, 2, side, side, 3)).astype(np.uint8) for side in (16, 8)],
         originals=images[:8],
         machine={"cpu": "A processor", "ranks": 2, "dist_contrastive": "0.1.0", "commit": "0123456789ab"},
         starts=[
@@ -468,7 +468,7 @@ def test_grey_images_and_few_of_them(tmp_path: Path) -> None:
     grey = inputs.thumbnails[..., :1]
     few = replace(
         inputs, thumbnails=grey[:3, ..., 0], features=inputs.features[:3], labels=inputs.labels[:3],
-        originals=grey[:1], views=grey[:1, None],
+        originals=grey[:1], views=[grey[:1, None]],
     )  # fmt: skip
     write_report(few)
     assert {path.stem for path in (tmp_path / "plots").iterdir()} == set(PLOT_NAMES) - {"map"}

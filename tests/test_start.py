@@ -64,7 +64,7 @@ LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
         ("train", [*TRAIN, "--run-dir", "{}/other"], 2, "was started with another config"),
         ("train", [*TRAIN, "--run-dir", "{}/other", "--resume", "never"], 2, "holds an unfinished run"),
         ("train", [*TRAIN, "--batch.global", "104"], 2, "100 training samples"),
-        ("train", [*TRAIN, "--augment.num-views", "1"], 2, "simclr needs at least 2 views"),
+        ("train", [*TRAIN, "--augment.count", "1"], 2, "simclr needs at least 2 views"),
         ("train", [*TRAIN, "--launch.precision", "fp16", "--launch.device", "cpu"], 2, "fp16 needs a GPU"),
         ("probe", ["--help"], 0, "--checkpoint"),
         ("probe", ["{}/gone"], 2, "no run's folder"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_contrastive.config import AugmentConfig, DataConfig, ProbeConfig, TrainConfig, UserError
+from dist_contrastive.config import AugmentConfig, DataConfig, ProbeConfig, TrainConfig, UserError, ViewConfig
 from dist_contrastive.data.beton import open_dataset
 from dist_contrastive.data.format import TEST
 from dist_contrastive.evaluation.features import extract, extract_views
@@ -126,7 +126,7 @@ def test_the_scores_are_those_of_the_test_images(tmp_path: Path, num_classes: in
 
 def views_on_rank(rank: int, path: Path, num_views: int) -> np.ndarray:
     dataset = open_dataset(path)
-    settings = {**SETTINGS, "augment": AugmentConfig(num_views=num_views)}
+    settings = {**SETTINGS, "augment": AugmentConfig((ViewConfig(count=num_views),))}
     return extract_views(encoder(), dataset, np.arange(7), seed=1, **settings).numpy()
 
 

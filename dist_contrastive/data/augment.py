@@ -10,7 +10,7 @@ a few numbers an image, moved to the device in one go. So the subsets are known 
 makes the host wait, and an image's result does not depend on the batch around it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dist_contrastive import rng
 from dist_contrastive.batch import Batch, Samples
-from dist_contrastive.config import AugmentConfig
+from dist_contrastive.config import AugmentConfig, ViewConfig
 from dist_contrastive.rng import Stream
 
 # Rec. 601 luma, in the digits that torchvision uses.
@@ -148,8 +148,9 @@ def gaussian_blur(images: Tensor, sigma: Tensor, size: int) -> Tensor:
     return torch.matmul(matrices.transpose(1, 2).contiguous().unsqueeze(1), rows)
 
 
-def solarize(images: Tensor, threshold: float) -> Tensor:
-    """`images` float in [0, 1] with the values from `threshold` up inverted."""
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """`images` float [N, 3, S, S] in [0, 1] with the values from `threshold` float [N] up inverted."""
+    threshold = threshold.view(-1, 1, 1, 1)
     bright = torch.ge(images, threshold, out=torch.empty_like(images))
     return _where(bright, 1 - images, images)
 
@@ -179,7 +180,7 @@ def to_displayable(views: Tensor, config: AugmentConfig) -> Tensor:
     return (views.float() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1)
 
 
-# The random numbers of an image, one for each: the columns of what `Augment._draw` returns.
+# The random numbers of an image, one for each: the columns of what `_Views.draw` returns.
 _CHOICES = (Stream.FLIP, Stream.JITTER, Stream.GRAYSCALE, Stream.BLUR, Stream.SOLARIZE)
 _FACTORS = tuple(Stream.JITTER + 1 + k for k in range(4))
 _ORDER = tuple(Stream.JITTER + 5 + k for k in range(4))
@@ -199,6 +200,7 @@ class _Plan:
     weights: Tensor  # float32 [4, J, 3]: of `blend` at each turn
     shifts: Tensor  # float32 [J]: of `adjust_hue`
     sigma: Tensor  # float32, of the blurred
+    thresholds: Tensor  # float32, of the solarized
     mean: Tensor  # float32 [3]
     std: Tensor  # float32 [3]
 
@@ -208,8 +210,8 @@ class _Plan:
             return self
         positions = (self.flipped, self.jittered, *self.turned, self.grayed, self.blurred, self.solarized)
         flipped, jittered, *turned, grayed, blurred, solarized = _move(positions, device)
-        weights, shifts, sigma, mean, std = _move((self.weights, self.shifts, self.sigma, self.mean, self.std), device)
-        return _Plan(flipped, jittered, tuple(turned), grayed, blurred, solarized, weights, shifts, sigma, mean, std)
+        numbers = (self.weights, self.shifts, self.sigma, self.thresholds, self.mean, self.std)
+        return _Plan(flipped, jittered, tuple(turned), grayed, blurred, solarized, *_move(numbers, device))
 
 
 def _move(tensors: tuple[Tensor, ...], device: torch.device) -> list[Tensor]:
@@ -221,82 +223,110 @@ def _move(tensors: tuple[Tensor, ...], device: torch.device) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-class Augment:
-    """Turns the loader's crops into augmented views: `augment(batch, device) -> Batch`."""
+class _Views:
+    """How some consecutive views of one size are made: their parameters as tables with a row for each view."""
 
-    def __init__(self, config: AugmentConfig, seed: int) -> None:
-        self.config = config
-        self.seed = seed
-        # Operations of colour jitter that do nothing are left out, as is a blur of single pixels.
-        self._changes_color = max(config.brightness, config.contrast, config.saturation, config.hue) > 0
-        probabilities = (config.flip, config.jitter, config.grayscale, config.blur, config.solarize)
-        self._probabilities = torch.stack([torch.tensor(p).expand(config.num_views) for p in probabilities], dim=-1)
+    def __init__(self, first: int, views: Sequence[ViewConfig], config: AugmentConfig, seed: int) -> None:
+        """`first` is the number of the first of them among all views of a sample."""
+        self._numbers = range(first, first + len(views))
+        self._seed = seed
+        self._mean, self._std = torch.tensor(config.mean), torch.tensor(config.std)
+        strengths = torch.tensor([[v.brightness, v.contrast, v.saturation, v.hue] for v in views])
+        # Jitter that changes nothing is left out, as is a turn of the hue by nothing.
+        jitter = torch.tensor([v.jitter for v in views]) * (strengths.amax(1) > 0)
+        others = torch.tensor([[v.flip, v.grayscale, v.blur, v.solarize] for v in views])
+        self._probabilities = torch.cat([others[:, :1], jitter[:, None], others[:, 1:]], dim=1)
+        self._turns_hue = strengths[:, 3] > 0
+        self._low = torch.cat([(1 - strengths[:, :3]).clamp(min=0), -strengths[:, 3:]], dim=1)
+        self._high = torch.cat([1 + strengths[:, :3], strengths[:, 3:]], dim=1)
+        self._sigma = torch.tensor([v.blur_sigma for v in views])
+        self._thresholds = torch.tensor([v.solarize_threshold for v in views])
 
-    def __call__(self, batch: Batch, device: torch.device) -> Batch:
-        """`batch` with views uint8 [V, B, S, S, 3] as one on `device`, with normalized float32 [V, B, 3, S, S].
-
-        The views are channels-last in memory. What an image becomes depends on (seed, epoch, sample index, view) alone.
-        """
-        (cropped,) = batch.views
-        num_views, num_samples, side = cropped.shape[:3]
-        assert num_views == self.config.num_views, "the loader cut another number of views"
-        chosen, numbers = self._draw(batch.samples)
-        views = _flat_on(device, cropped)
-        out = torch.empty((len(views), side, side, 3), device=device).permute(0, 3, 1, 2)
-        chunk = max(1, CPU_CHUNK_VALUES // (3 * side * side)) if device.type == "cpu" else len(views)
-        for start in range(0, len(views), chunk):
-            part = slice(start, start + chunk)
-            self._apply(views[part], self._plan(chosen[part], numbers[part]).to(device), out[part])
-        return Batch((out.unflatten(0, (num_views, num_samples)),), batch.samples.to(device))
-
-    def _draw(self, samples: Samples) -> tuple[Tensor, Tensor]:
+    def draw(self, samples: Samples) -> tuple[Tensor, Tensor]:
         """For the V · B images: which operations they get, bool [VB, 5], and the numbers in [0, 1) of how, [VB, 9]."""
-        views = range(self.config.num_views)
-        keys = torch.stack([rng.sample_keys(self.seed, samples.epoch, samples.indices, view) for view in views])
+        keys = torch.stack(
+            [rng.sample_keys(self._seed, samples.epoch, samples.indices, view) for view in self._numbers]
+        )
         words = torch.tensor([int(word) for word in (*_CHOICES, *_FACTORS, *_ORDER, _SIGMA)])
         numbers = rng.unit(rng.fold(keys[:, :, None], words))
         num_choices = len(_CHOICES)
         chosen = numbers[..., :num_choices] < self._probabilities[:, None]
         return chosen.flatten(0, 1), numbers[..., num_choices:].flatten(0, 1)
 
-    def _plan(self, chosen: Tensor, numbers: Tensor) -> _Plan:
-        """What to do with n images, from `_draw`'s [n, 5] and [n, 9]; on the CPU."""
-        config = self.config
+    def plan(self, chosen: Tensor, numbers: Tensor, views: Tensor) -> _Plan:
+        """What to do with n images, from `draw`'s [n, 5] and [n, 9], and int64 [n]: which of the views each is; on the CPU."""
         flipped, jittered, grayed, blurred, solarized = (mask.nonzero().flatten() for mask in chosen.unbind(1))
         factors, order, sigma = numbers.split((4, 4, 1), dim=1)
-        strengths = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue])
-        low = torch.cat([(1 - strengths[:3]).clamp(min=0), -strengths[3:]])
-        high = torch.cat([1 + strengths[:3], strengths[3:]])
-        factors = (low + (high - low) * factors)[jittered]
+        of_jittered, of_blurred = views[jittered], views[blurred]
+        low, high = self._low[of_jittered], self._high[of_jittered]
+        factors = low + (high - low) * factors[jittered]
         operations = order[jittered].argsort(dim=1, stable=True)  # [J, 4]: what each turn does
+        turned = (operations == HUE) & self._turns_hue[of_jittered, None]
         weights = blend_weights(operations, factors.gather(1, operations))
-        sigma_low, sigma_high = config.blur_sigma
+        sigma_low, sigma_high = self._sigma[of_blurred].unbind(1)
         return _Plan(
             flipped=flipped,
             jittered=jittered,
-            turned=tuple((turn == HUE).nonzero().flatten() for turn in operations.unbind(1)),
+            turned=tuple(turn.nonzero().flatten() for turn in turned.unbind(1)),
             grayed=grayed,
             blurred=blurred,
             solarized=solarized,
             weights=weights.transpose(0, 1).contiguous(),
             shifts=factors[:, HUE].contiguous(),
             sigma=sigma_low + (sigma_high - sigma_low) * sigma[blurred, 0],
-            mean=torch.tensor(config.mean),
-            std=torch.tensor(config.std),
+            thresholds=self._thresholds[views[solarized]],
+            mean=self._mean,
+            std=self._std,
         )
 
-    def _apply(self, views: Tensor, plan: _Plan, out: Tensor) -> None:
-        """Augment `views` uint8 [n, S, S, 3] into `out` float32 [n, 3, S, S]."""
-        side = views.shape[1]
-        images = to_float(views)
-        _replace(images, plan.flipped, horizontal_flip)
-        if self._changes_color:
-            _replace(images, plan.jittered, lambda chosen: _jitter(chosen, plan, turns_hue=self.config.hue > 0))
-        _replace(images, plan.grayed, grayscale)
-        if side > 1:  # a single pixel has nothing to blur with
-            _replace(images, plan.blurred, lambda chosen: gaussian_blur(chosen, plan.sigma, blur_size(side)))
-        _replace(images, plan.solarized, lambda chosen: solarize(chosen, self.config.solarize_threshold))
-        normalize(images, plan.mean, plan.std, out=out)
+
+class Augment:
+    """Turns the loader's crops into augmented views: `augment(batch, device) -> Batch`."""
+
+    def __init__(self, config: AugmentConfig, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+        self._views = [view for group in config.groups for view in [group] * group.count]
+
+    def __call__(self, batch: Batch, device: torch.device) -> Batch:
+        """`batch` with views uint8 [V, B, S, S, 3] as one on `device`, with normalized float32 [V, B, 3, S, S].
+
+        The views are channels-last in memory. What an image becomes depends on (seed, epoch, sample index, view) alone.
+        """
+        assert sum(map(len, batch.views)) == len(self._views), "the loader cut another number of views"
+        augmented, first = [], 0
+        for cropped in batch.views:
+            views = _Views(first, self._views[first : first + len(cropped)], self._config, self._seed)
+            augmented.append(_augment(cropped, views, batch.samples, device))
+            first += len(cropped)
+        return Batch(tuple(augmented), batch.samples.to(device))
+
+
+def _augment(cropped: Tensor, views: _Views, samples: Samples, device: torch.device) -> Tensor:
+    """`cropped` uint8 [V, B, S, S, 3] as `views` say, float32 [V, B, 3, S, S] on `device`."""
+    num_views, num_samples, side = cropped.shape[:3]
+    chosen, numbers = views.draw(samples)
+    of_view = torch.arange(num_views).repeat_interleave(num_samples)
+    images = _flat_on(device, cropped)
+    out = torch.empty((len(images), side, side, 3), device=device).permute(0, 3, 1, 2)
+    chunk = max(1, CPU_CHUNK_VALUES // (3 * side * side)) if device.type == "cpu" else len(images)
+    for start in range(0, len(images), chunk):
+        part = slice(start, start + chunk)
+        _apply(images[part], views.plan(chosen[part], numbers[part], of_view[part]).to(device), out[part])
+    return out.unflatten(0, (num_views, num_samples))
+
+
+def _apply(views: Tensor, plan: _Plan, out: Tensor) -> None:
+    """Augment `views` uint8 [n, S, S, 3] into `out` float32 [n, 3, S, S]."""
+    side = views.shape[1]
+    images = to_float(views)
+    _replace(images, plan.flipped, horizontal_flip)
+    _replace(images, plan.jittered, lambda chosen: _jitter(chosen, plan))
+    _replace(images, plan.grayed, grayscale)
+    if side > 1:  # a single pixel has nothing to blur with
+        _replace(images, plan.blurred, lambda chosen: gaussian_blur(chosen, plan.sigma, blur_size(side)))
+    _replace(images, plan.solarized, lambda chosen: solarize(chosen, plan.thresholds))
+    normalize(images, plan.mean, plan.std, out=out)
 
 
 def _flat_on(device: torch.device, views: Tensor) -> Tensor:
@@ -317,10 +347,10 @@ def _replace(images: Tensor, positions: Tensor, operation: Callable[[Tensor], Te
         images.index_copy_(0, positions, operation(images.index_select(0, positions)))
 
 
-def _jitter(images: Tensor, plan: _Plan, *, turns_hue: bool) -> Tensor:
+def _jitter(images: Tensor, plan: _Plan) -> Tensor:
     """torchvision's ColorJitter on `images` [J, 3, S, S], each in its own order."""
     for weights, turned in zip(plan.weights, plan.turned, strict=True):
         blend(images, weights)
-        if turns_hue and len(turned) > 0:
+        if len(turned) > 0:
             images.index_copy_(0, turned, adjust_hue(images.index_select(0, turned), plan.shifts[turned]))
     return images

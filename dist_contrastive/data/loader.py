@@ -1,4 +1,4 @@
-"""The loader: reads samples of a `.beton` file, decodes each once and cuts V views from it, on threads of the CPU.
+"""The loader: reads samples of a `.beton` file, decodes each once and cuts all its views from it, on threads of the CPU.
 
 FFCV's file format and its libjpeg-turbo decoder are used (through `beton`); the threads are our own, because FFCV's
 consumer waits for ever once its thread fails, its batches are overwritten later, and it compiles anew in every process.
@@ -7,8 +7,9 @@ Threads. An epoch owns a few daemon threads. Each takes slices of batches from o
 kernel that holds no lock. `batches_ahead` batches are under way; the consumer waits for the oldest, at most
 `DataConfig.timeout_s` seconds. An error in a thread reaches the consumer as itself, and an epoch's threads end with it.
 
-Memory. A batch owns its tensors: B × V × S × S × 3 bytes, `batches_ahead` + 1 times. Beside them each thread keeps one
-scratch buffer of the size of the largest JPEG, decoded, so scratch is threads × largest image, not batch × largest.
+Memory. A batch owns its tensors: B × S × S × 3 bytes a view, `batches_ahead` + 1 times; views of several sizes lie in one piece,
+one tensor after the other. Beside them each thread keeps one scratch buffer of the size of the largest JPEG, decoded, so
+scratch is threads × largest image, not batch × largest.
 
 Randomness. The order of an epoch is `rng.permutation`; a crop is a pure function of (seed, epoch, sample index, view).
 So neither threads, ranks nor restarts change what a sample looks like at an epoch.
@@ -18,7 +19,7 @@ import math
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ import numba
 import numpy as np
 import torch
 from numba.core import event
+from torch import Tensor
 
 from dist_contrastive import rng
 from dist_contrastive.batch import Batch, Samples, Share, steps_per_epoch
@@ -80,7 +82,7 @@ def announced_compilation(say: Callable[[str], object]) -> AbstractContextManage
 
 
 class Scratch(NamedTuple):
-    """What one thread needs to decode and resize: S pixels a side, at most K taps an output pixel, images W wide."""
+    """What one thread needs to decode and resize: views of up to S pixels a side, up to K taps a pixel, images W wide."""
 
     pixels: np.ndarray  # uint8 [bytes of the largest decoded JPEG]
     first_row: np.ndarray  # uint32 [S]: first source row of each output row
@@ -91,11 +93,13 @@ class Scratch(NamedTuple):
     lines: np.ndarray  # float32 [S + 1, 3S]: rows that were resized to S columns
 
 
-def _make_scratch(dataset: Dataset, size: int) -> Scratch:
+def _make_scratch(dataset: Dataset, sizes: np.ndarray) -> Scratch:
+    """For views of `sizes` int64 [V] pixels a side."""
     jpegs = dataset.is_jpeg != 0
     areas = dataset.heights[jpegs].astype(np.int64) * dataset.widths[jpegs]
     widest = int(dataset.widths.max())
-    taps = 2 * math.ceil(max(widest, int(dataset.heights.max())) / size) + 2
+    size = int(sizes.max())
+    taps = 2 * math.ceil(max(widest, int(dataset.heights.max())) / int(sizes.min())) + 2
     return Scratch(
         pixels=np.zeros(3 * int(areas.max(initial=0)), np.uint8),
         first_row=np.zeros(size, np.uint32),
@@ -167,15 +171,15 @@ def _resize_row(row, first, weights, num_taps, line):
 
 
 @numba.njit(nogil=True)
-def _resize_crop(image, image_width, top, left, height, width, out, s):
-    """Resize the crop of `image` uint8 [image height · image width · 3] into `out` uint8 [S · S · 3], with scratch `s`.
+def _resize_crop(image, image_width, top, left, height, width, out, size, s):
+    """Resize the crop of `image` uint8 [image height · image width · 3] into `out` uint8 [size · size · 3], with scratch `s`.
 
     Sums of whole rows run over contiguous memory, so they are cheap beside `_resize_row`: it is done on the source rows
     or on the output rows, whichever are fewer. Nothing depends on other crops, and no sum is reordered.
     """
-    size = len(s.first_row)
     num_row_taps = _triangle_weights(height, size, s.first_row, s.row_weights)
     num_column_taps = _triangle_weights(width, size, s.first_column, s.column_weights)
+    first_column = s.first_column[:size]
     row, lines = s.row, s.lines
     elements, stride = 3 * width, 3 * image_width
     if height <= size:
@@ -184,7 +188,7 @@ def _resize_crop(image, image_width, top, left, height, width, out, s):
             source = image[start : start + elements]
             for e in range(elements):
                 row[e] = np.float32(source[e])
-            _resize_row(row, s.first_column, s.column_weights, num_column_taps, lines[y])
+            _resize_row(row, first_column, s.column_weights, num_column_taps, lines[y])
     for y in range(size):
         first, weight, next_weight = int(s.first_row[y]), s.row_weights[y, 0], s.row_weights[y, 1]
         if height <= size:
@@ -203,7 +207,7 @@ def _resize_crop(image, image_width, top, left, height, width, out, s):
                 source = image[start + k * stride : start + k * stride + elements]
                 for e in range(elements):
                     row[e] += weight * np.float32(source[e])
-            _resize_row(row, s.first_column, s.column_weights, num_column_taps, lines[0])
+            _resize_row(row, first_column, s.column_weights, num_column_taps, lines[0])
             for e in range(3 * size):
                 row[e] = np.float32(0.5) + lines[0, e]
         target = out[3 * size * y : 3 * size * (y + 1)]
@@ -211,11 +215,23 @@ def _resize_crop(image, image_width, top, left, height, width, out, s):
             target[e] = np.uint8(np.int32(row[e]))  # rounds: the half is in the sum
 
 
-@_cached
-def _crop_samples(file_bytes, pointers, sizes, is_jpeg, heights, widths, samples, boxes, out, start, s):
-    """Decode `samples` int64 [b] and resize their `boxes` int64 [V, b, 4] into out[:, start : start + b].
+@numba.njit(nogil=True)
+def _cut_views(image, width, boxes, out, places, sides, place, s):
+    """Resize the `boxes` int64 [V, 4] of one decoded `image`, whose rows have `width` pixels, each to its own size."""
+    for view in range(len(boxes)):
+        top, left, box_height, box_width = boxes[view]
+        side = sides[view]
+        length = 3 * side * side
+        begin = places[view] + place * length
+        _resize_crop(image, width, top, left, box_height, box_width, out[begin : begin + length], side, s)
 
-    `out` is uint8 [V, B, S · S · 3].
+
+@_cached
+def _crop_samples(file_bytes, pointers, sizes, is_jpeg, heights, widths, samples, boxes, out, places, sides, start, s):
+    """Decode `samples` int64 [b], each once, and resize their `boxes` int64 [V, b, 4] to views of `sides` int64 [V] pixels.
+
+    View v of the sample at position i goes to the place `start` + i of those that begin at `places[v]` of `out`, uint8, each of
+    sides[v] · sides[v] · 3.
 
     Returns the position in `samples` of the first that can't be decoded, or -1.
     """
@@ -223,27 +239,27 @@ def _crop_samples(file_bytes, pointers, sizes, is_jpeg, heights, widths, samples
         sample = samples[position]
         height, width = int(heights[sample]), int(widths[sample])
         stored = file_bytes[pointers[sample] : pointers[sample] + sizes[sample]]
+        place = start + position
         if is_jpeg[sample] != 0:
             failed = _decode_jpeg(
                 stored.ctypes.data, sizes[sample], height, width, s.pixels.ctypes.data, height, width, 0, 0, 1, 1, 0, 0
             )
             if failed != 0:
                 return position
-            for view in range(len(boxes)):
-                top, left, box_height, box_width = boxes[view, position]
-                _resize_crop(s.pixels, width, top, left, box_height, box_width, out[view, start + position], s)
+            _cut_views(s.pixels, width, boxes[:, position], out, places, sides, place, s)
         else:
-            for view in range(len(boxes)):
-                top, left, box_height, box_width = boxes[view, position]
-                _resize_crop(stored, width, top, left, box_height, box_width, out[view, start + position], s)
+            _cut_views(stored, width, boxes[:, position], out, places, sides, place, s)
     return -1
 
 
 @_cached
 def _draw_boxes(seed, epoch, samples, heights, widths, scale, ratio, boxes):
-    """Fill `boxes` int64 [V, b, 4]: torchvision's RandomResizedCrop.get_params, four random numbers a try."""
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    """Fill `boxes` int64 [V, b, 4] by `scale` and `ratio` float64 [V, 2]: torchvision's RandomResizedCrop.get_params, four
+    random numbers a try."""
     for view in range(len(boxes)):
+        scale_low, scale_high = scale[view]
+        ratio_low, ratio_high = ratio[view]
+        log_low, log_high = math.log(ratio_low), math.log(ratio_high)
         for position in range(len(samples)):
             sample = samples[position]
             height, width = int(heights[sample]), int(widths[sample])
@@ -252,7 +268,7 @@ def _draw_boxes(seed, epoch, samples, heights, widths, scale, ratio, boxes):
             found = False
             for attempt in range(CROP_TRIES):
                 number = CROP + 4 * attempt
-                share = scale[0] + (scale[1] - scale[0]) * rng.unit_jit(rng.fold_jit(key, number))
+                share = scale_low + (scale_high - scale_low) * rng.unit_jit(rng.fold_jit(key, number))
                 aspect = math.exp(log_low + (log_high - log_low) * rng.unit_jit(rng.fold_jit(key, number + 1)))
                 w = round(math.sqrt(height * width * share * aspect))
                 h = round(math.sqrt(height * width * share / aspect))
@@ -264,10 +280,10 @@ def _draw_boxes(seed, epoch, samples, heights, widths, scale, ratio, boxes):
                     break
             if not found:  # the largest centred crop within the ratios
                 h, w = height, width
-                if width < ratio[0] * height:
-                    h = max(1, round(width / ratio[0]))
-                elif width > ratio[1] * height:
-                    w = max(1, round(height * ratio[1]))
+                if width < ratio_low * height:
+                    h = max(1, round(width / ratio_low))
+                elif width > ratio_high * height:
+                    w = max(1, round(height * ratio_high))
                 box[0], box[1], box[2], box[3] = (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -278,8 +294,9 @@ def random_boxes(dataset: Dataset, augment: AugmentConfig, *, seed: int, epoch: 
     the largest centred crop within the ratios.
     """
     boxes = np.empty((augment.num_views, len(samples), 4), np.int64)
-    scale = np.array(augment.crop_scale, np.float64)
-    ratio = np.array(augment.crop_ratio, np.float64)
+    views = [group for group in augment.groups for _ in range(group.count)]
+    scale = np.array([view.crop_scale for view in views], np.float64)
+    ratio = np.array([view.crop_ratio for view in views], np.float64)
     _draw_boxes(seed, epoch, samples, dataset.heights, dataset.widths, scale, ratio, boxes)
     return boxes
 
@@ -296,7 +313,8 @@ class _Slice:
     """Some consecutive samples of one batch, for one thread."""
 
     samples: np.ndarray  # int64 [b]
-    out: np.ndarray  # uint8 [V, B, S · S · 3], of the whole batch
+    out: np.ndarray  # uint8, flat: all views of the whole batch
+    places: np.ndarray  # int64 [V]: where in it those of each view begin
     start: int  # position of the first sample in the batch
     done: Future[None] = field(default_factory=Future)
 
@@ -306,14 +324,14 @@ class _Filler:
     """How a slice is filled; shared by the threads, so that they hold no reference to the epoch."""
 
     dataset: Dataset
-    size: int
+    sides: np.ndarray  # int64 [V]: pixels a side of each view
     boxes: Callable[[np.ndarray], np.ndarray]
 
     def fill(self, part: _Slice, scratch: Scratch) -> None:
         d = self.dataset
         failed = _crop_samples(
             d.file_bytes, d.pointers, d.sizes, d.is_jpeg, d.heights, d.widths,
-            part.samples, self.boxes(part.samples), part.out, part.start, scratch,
+            part.samples, self.boxes(part.samples), part.out, part.places, self.sides, part.start, scratch,
         )  # fmt: skip
         if failed >= 0:
             raise RuntimeError(f"sample {part.samples[failed]} of {d.path} is not a readable JPEG: pack the file again")
@@ -326,7 +344,7 @@ def _work(slices: SimpleQueue[_Slice | None], filler: _Filler) -> None:
         if not part.done.set_running_or_notify_cancel():
             continue
         try:
-            scratch = scratch or _make_scratch(filler.dataset, filler.size)
+            scratch = scratch or _make_scratch(filler.dataset, filler.sides)
             filler.fill(part, scratch)
         except BaseException as error:  # whatever it is, it is the consumer who must see it
             part.done.set_exception(error)
@@ -351,7 +369,7 @@ def _stop(
 
 
 class Epoch(Iterator[Batch]):
-    """One pass over some samples, as batches in a fixed order; views are uint8 [V, B, S, S, 3].
+    """One pass over some samples, as batches in a fixed order; views are uint8 [V, B, S, S, 3] for each size.
 
     Use it in a `with` block or to its end: both join its threads, as does `close()`, an error, or dropping the last
     reference. `len()` is the number of batches still to come.
@@ -365,13 +383,14 @@ class Epoch(Iterator[Batch]):
         boxes: Callable[[np.ndarray], np.ndarray],
         *,
         epoch: int,
-        num_views: int,
+        views: Sequence[tuple[int, int]],
         first_batch: int,
         num_batches: int,
         threads: int,
         pin_memory: bool,
     ) -> None:
-        """`batches(k)` gives the sample indices int64 [B] of batch k, `boxes` their crops int64 [V, b, 4]."""
+        """`batches(k)` gives the sample indices int64 [B] of batch k, `boxes` their crops int64 [V, b, 4] of all views; `views`
+        says of each size how many there are, and how many pixels a side."""
         assert 0 <= first_batch <= num_batches, "an epoch starts at one of its batches"
         assert threads >= 1, "an epoch needs a thread"
         self.wait_ms = 0.0
@@ -379,14 +398,14 @@ class Epoch(Iterator[Batch]):
         self._data = data
         self._path = dataset.path
         self._batches = batches
-        self._shape = (num_views, data.image_size)
+        self._views = views
         self._labels = dataset.labels
         self._epoch = epoch
         self._submitted, self._returned, self._num_batches = first_batch, first_batch, num_batches
         self._pin_memory = pin_memory
         self._pending: deque[tuple[Batch, list[_Slice]]] = deque()
         self._slices: SimpleQueue[_Slice | None] = SimpleQueue()
-        filler = _Filler(dataset, data.image_size, boxes)
+        filler = _Filler(dataset, np.array([size for count, size in views for _ in range(count)]), boxes)
         self._threads = [
             Thread(target=_work, args=(self._slices, filler), name=f"loader-{number}", daemon=True)
             for number in range(threads)
@@ -451,22 +470,34 @@ class Epoch(Iterator[Batch]):
         """Put batches under way until `batches_ahead` of them are."""
         while len(self._pending) < self._data.batches_ahead and self._submitted < self._num_batches:
             samples = np.array(self._batches(self._submitted), dtype=np.int64)  # a copy: the batch's own
-            num_views, size = self._shape
-            views = torch.empty(
-                (num_views, len(samples), size, size, 3), dtype=torch.uint8, pin_memory=self._pin_memory
-            )
+            out, places, views = _empty_views(self._views, len(samples), pin_memory=self._pin_memory)
             labels, indices = torch.from_numpy(self._labels[samples]), torch.from_numpy(samples)
             if self._pin_memory:
                 labels, indices = labels.pin_memory(), indices.pin_memory()
             # Two slices a thread: the threads end a batch nearly together even where its images differ in size.
             num_parts = min(len(samples), 2 * len(self._threads))
-            out = views.numpy().reshape(num_views, len(samples), -1)
             parts = []
             for start, share in _shares(samples, num_parts):
-                parts.append(_Slice(share, out, start))
+                parts.append(_Slice(share, out, places, start))
                 self._slices.put(parts[-1])
-            self._pending.append((Batch((views,), Samples(labels, indices, self._epoch)), parts))
+            self._pending.append((Batch(views, Samples(labels, indices, self._epoch)), parts))
             self._submitted += 1
+
+
+def _empty_views(
+    views: Sequence[tuple[int, int]], num_samples: int, *, pin_memory: bool
+) -> tuple[np.ndarray, np.ndarray, tuple[Tensor, ...]]:
+    """Room for the `views` (how many, pixels a side) of so many samples, as a tensor [V, B, S, S, 3] for each size.
+
+    Returns the room, uint8 and flat, where in it each view begins, int64 [V], and the tensors in it.
+    """
+    lengths = [num_samples * size * size * 3 for count, size in views for _ in range(count)]
+    places = np.cumsum([0, *lengths])
+    flat = torch.empty(int(places[-1]), dtype=torch.uint8, pin_memory=pin_memory)
+    shapes = [(count, num_samples, size, size, 3) for count, size in views]
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    tensors = tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    return flat.numpy(), places[:-1], tensors
 
 
 def _shares(samples: np.ndarray, num_parts: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -494,7 +525,7 @@ def train_epoch(
     start_step: int = 0,
     pin_memory: bool = False,
 ) -> Epoch:
-    """This rank's share of an epoch over the training split: V random crops of each sample, from step `start_step` on.
+    """This rank's share of an epoch over the training split: the random crops of each sample, from step `start_step` on.
 
     The epoch's order is one permutation of the training samples for all ranks; each update takes the next global batch
     of it, and of that this rank its `share`.
@@ -512,7 +543,7 @@ def train_epoch(
         return random_boxes(dataset, augment, seed=seed, epoch=epoch, samples=samples)
 
     return Epoch(
-        dataset, data, batches, boxes, epoch=epoch, num_views=augment.num_views, first_batch=start_step,
+        dataset, data, batches, boxes, epoch=epoch, views=_views_of(augment, data), first_batch=start_step,
         num_batches=num_steps, threads=threads, pin_memory=pin_memory,
     )  # fmt: skip
 
@@ -530,8 +561,9 @@ def eval_pass(
         return center_boxes(dataset, data.eval_crop, samples)
 
     return _pass_in_order(
-        dataset, data, indices, boxes, num_views=1, batch_size=batch_size, threads=threads, pin_memory=pin_memory
-    )
+        dataset, data, indices, boxes, views=[(1, data.image_size)], batch_size=batch_size, threads=threads,
+        pin_memory=pin_memory,
+    )  # fmt: skip
 
 
 def view_pass(
@@ -545,16 +577,21 @@ def view_pass(
     threads: int,
     pin_memory: bool = False,
 ) -> Epoch:
-    """One pass over the samples `indices` int64 [n] in their order, each with the V random crops that training would cut in
+    """One pass over the samples `indices` int64 [n] in their order, each with the random crops that training would cut in
     epoch 0; the last batch may be smaller."""
 
     def boxes(samples: np.ndarray) -> np.ndarray:
         return random_boxes(dataset, augment, seed=seed, epoch=0, samples=samples)
 
     return _pass_in_order(
-        dataset, data, indices, boxes, num_views=augment.num_views, batch_size=batch_size, threads=threads,
+        dataset, data, indices, boxes, views=_views_of(augment, data), batch_size=batch_size, threads=threads,
         pin_memory=pin_memory,
     )  # fmt: skip
+
+
+def _views_of(augment: AugmentConfig, data: DataConfig) -> list[tuple[int, int]]:
+    """Of each size of views: how many, and how many pixels a side."""
+    return [(len(views), size) for size, _, views in augment.layout(data.image_size)]
 
 
 def _pass_in_order(
@@ -563,7 +600,7 @@ def _pass_in_order(
     indices: np.ndarray,
     boxes: Callable[[np.ndarray], np.ndarray],
     *,
-    num_views: int,
+    views: Sequence[tuple[int, int]],
     batch_size: int,
     threads: int,
     pin_memory: bool,
@@ -576,6 +613,6 @@ def _pass_in_order(
         return indices[number * batch_size : (number + 1) * batch_size]
 
     return Epoch(
-        dataset, data, batches, boxes, epoch=0, num_views=num_views, first_batch=0,
+        dataset, data, batches, boxes, epoch=0, views=views, first_batch=0,
         num_batches=math.ceil(len(indices) / batch_size), threads=threads, pin_memory=pin_memory,
     )  # fmt: skip

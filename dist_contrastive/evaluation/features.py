@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -79,9 +78,9 @@ def extract_views(
 ) -> Tensor:
     """Features float32 [V, n, D] of augmented views of the samples `indices` int64 [n], otherwise as `extract`.
 
-    The views are those that training would make; where it makes one, two of its kind.
+    The views are those of the first size that training would make; where that is one, two of its kind.
     """
-    augment = augment if augment.num_views > 1 else replace(augment, num_views=2)
+    augment = augment.of_first_size(data.image_size)
     num_views = augment.num_views
     distributed.broadcast_buffers(encoder)
     share = np.array_split(indices, distributed.world_size())[distributed.rank()]

@@ -21,12 +21,19 @@ METHODS: dict[str, type[Method[Any]]] = {
 
 
 def method_of(config: TrainConfig) -> type[Method[Any]]:
-    """The class of the method that `config` names; `UserError` where it can't learn from that number of views."""
-    cls = METHODS[config.method.name]
-    views, most = config.augment.num_views, cls.max_views
+    """The class of the method that `config` names; `UserError` where it can't learn from such views."""
+    cls, name = METHODS[config.method.name], config.method.name
+    layout = config.augment.layout(config.data.image_size)
+    sizes = " and ".join(str(size) for size, _, _ in layout)
+    require(
+        len(layout) == 1 or cls.multi_crop,
+        f"--augment.size: {name} learns from views of one size, and these are of {sizes} pixels; give one size",
+    )
+    views, most = len(layout[0].views), cls.max_views
     wanted = f"exactly {most}" if most == cls.min_views else f"at least {cls.min_views}"
+    of_size = f" of {layout[0].size} pixels, the first size" if len(layout) > 1 else ""
     require(
         cls.min_views <= views and (most is None or views <= most),
-        f"--augment.num-views {views}: {config.method.name} needs {wanted} views",
+        f"--augment.count {views}: {name} needs {wanted} views{of_size}",
     )
     return cls

@@ -48,9 +48,11 @@ class Method(nn.Module, ABC, Generic[ConfigT]):
     Config: ClassVar[type[MethodConfig]]
     """The class of its config, which a method names in its bases: `class SimCLR(Method[SimCLRConfig])`."""
     min_views: ClassVar[int] = 2
-    """How many views of a sample the loss needs."""
+    """How many views of a sample the loss needs, of the first size."""
     max_views: ClassVar[int | None] = None
-    """How many it can take; None: any number."""
+    """How many of these it can take; None: any number."""
+    multi_crop: ClassVar[bool] = False
+    """Whether it takes views of other sizes beside them."""
     target: ClassVar[str | None] = None
     """The embedding that the loss looks for and no gradient reaches, by the method's paper; None: gradient reaches all.
     Where there is one, `z` is for the report alone, or is the target itself."""

@@ -14,6 +14,7 @@ from dist_contrastive.config import (
     OptimConfig,
     ProbeConfig,
     TrainConfig,
+    ViewConfig,
 )  # fmt: skip
 from dist_contrastive.methods.barlow import BarlowConfig
 from dist_contrastive.methods.byol import BYOLConfig
@@ -28,6 +29,8 @@ from dist_contrastive.methods.vicreg import VICRegConfig
 DATA = DataConfig(path=Path("data/cifar10.beton"), image_size=32)
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+VIEW = ViewConfig(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+WITHOUT_BLUR = AugmentConfig((replace(VIEW, count=2, blur=0.0),), CIFAR10_MEAN, CIFAR10_STD)
 
 
 def cifar10_simclr() -> TrainConfig:
@@ -46,16 +49,7 @@ def cifar10_simclr() -> TrainConfig:
         epochs=80,
         method=SimCLRConfig(temperature=0.07, projector=HeadConfig(layers=2, output_size=128)),
         data=DATA,
-        augment=AugmentConfig(
-            brightness=0.4,
-            contrast=0.4,
-            saturation=0.4,
-            hue=0.1,
-            blur=(0.5,),
-            solarize=(0.0, 0.2),
-            mean=CIFAR10_MEAN,
-            std=CIFAR10_STD,
-        ),
+        augment=AugmentConfig((VIEW, replace(VIEW, solarize=0.2)), CIFAR10_MEAN, CIFAR10_STD),
         encoder=EncoderConfig(name="resnet50", stem="small", norm="sync", dropout=0.1),
         batch=BatchConfig(size=256),
         optim=OptimConfig(name="adamw", learning_rate=3e-4, weight_decay=1e-4),
@@ -80,7 +74,7 @@ def cifar10_simclr_4096() -> TrainConfig:
         run_dir=Path("runs/cifar10_simclr_4096"),
         epochs=100,
         method=SimCLRConfig(temperature=0.5, projector=HeadConfig(layers=2, output_size=128)),
-        augment=replace(base.augment, blur=(0.0,), solarize=(0.0,)),
+        augment=WITHOUT_BLUR,
         encoder=replace(base.encoder, dropout=0.0),
         batch=BatchConfig(size=4096),
         optim=OptimConfig(name="lars", learning_rate=1.0, weight_decay=1e-6, warmup_epochs=10),
@@ -119,7 +113,7 @@ def _resnet18(recipe: str, method: MethodConfig) -> TrainConfig:
         run_dir=Path("runs") / recipe,
         epochs=200,
         method=method,
-        augment=replace(base.augment, blur=(0.0,), solarize=(0.0,)),
+        augment=WITHOUT_BLUR,
         encoder=EncoderConfig(name="resnet18", stem="small", norm="batch"),
         batch=BatchConfig(size=512),
         optim=OptimConfig(name="sgd", learning_rate=0.12, weight_decay=5e-4, warmup_epochs=10),
@@ -271,7 +265,7 @@ def cifar10_cpc() -> TrainConfig:
     config = _resnet18("cifar10_cpc", CPCConfig())
     return replace(
         config,
-        augment=replace(config.augment, num_views=1),
+        augment=config.augment.with_all(count=1),
         encoder=replace(config.encoder, norm="group"),
         optim=OptimConfig(name="adamw", learning_rate=5e-4, weight_decay=1e-4, warmup_epochs=10),
     )
@@ -294,7 +288,7 @@ def cifar10_cpu() -> TrainConfig:
         epochs=8,
         method=SimCLRConfig(temperature=0.2, projector=HeadConfig(layers=2, hidden_size=512, output_size=128)),
         data=DATA,
-        augment=AugmentConfig(crop_scale=(0.2, 1.0), blur=(0.0,), mean=CIFAR10_MEAN, std=CIFAR10_STD),
+        augment=WITHOUT_BLUR.with_all(crop_scale=(0.2, 1.0)),
         encoder=EncoderConfig(name="resnet10_w16", stem="small"),
         batch=BatchConfig(size=256),
         optim=OptimConfig(name="adamw", learning_rate=2e-3, weight_decay=1e-4, warmup_epochs=0.5),

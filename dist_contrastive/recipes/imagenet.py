@@ -11,6 +11,7 @@ from dist_contrastive.config import (
     OptimConfig,
     ProbeConfig,
     TrainConfig,
+    ViewConfig,
 )  # fmt: skip
 from dist_contrastive.methods.simclr import SimCLRConfig
 
@@ -32,7 +33,7 @@ def imagenet_simclr_4096() -> TrainConfig:
         epochs=100,
         method=SimCLRConfig(temperature=0.1, projector=HeadConfig(layers=2, output_size=128)),
         data=DataConfig(path=Path("data/imagenet.beton"), image_size=224, eval_crop=0.875),
-        augment=AugmentConfig(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=(0.5,)),
+        augment=AugmentConfig((ViewConfig(count=2, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2),)),
         encoder=EncoderConfig(name="resnet50", stem="standard", norm="sync"),
         batch=BatchConfig(size=4096),
         optim=OptimConfig(name="lars", learning_rate=0.3, weight_decay=1e-6, warmup_epochs=10),

@@ -18,6 +18,7 @@ from dist_contrastive.config import (
     OptimConfig,
     ProbeConfig,
     TrainConfig,
+    ViewConfig,
 )  # fmt: skip
 from dist_contrastive.methods.barlow import BarlowConfig
 from dist_contrastive.methods.byol import BYOLConfig
@@ -30,6 +31,16 @@ from dist_contrastive.methods.simsiam import SimSiamConfig
 from dist_contrastive.methods.vicreg import VICRegConfig
 
 PROJECTOR = HeadConfig(layers=2, hidden_size=256, output_size=128)
+VIEW = ViewConfig(
+    crop_scale=(0.25, 1.0),
+    jitter=0.5,
+    brightness=0.2,
+    contrast=0.2,
+    saturation=0.2,
+    hue=0.05,
+    grayscale=0.0,
+    blur=0.0,
+)
 
 
 def photos() -> TrainConfig:
@@ -51,18 +62,7 @@ def photos() -> TrainConfig:
         log_every=10,
         method=SimCLRConfig(temperature=0.2, projector=PROJECTOR),
         data=DataConfig(path=Path("data/photos.beton"), image_size=32),
-        augment=AugmentConfig(
-            crop_scale=(0.25, 1.0),
-            jitter=(0.5,),
-            brightness=0.2,
-            contrast=0.2,
-            saturation=0.2,
-            hue=0.05,
-            grayscale=(0.0,),
-            blur=(0.0,),
-            mean=(0.5, 0.5, 0.5),
-            std=(0.25, 0.25, 0.25),
-        ),
+        augment=AugmentConfig((replace(VIEW, count=2),), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
         encoder=EncoderConfig(name="resnet10_w16", stem="standard"),
         batch=BatchConfig(size=256),
         optim=OptimConfig(name="adamw", learning_rate=2e-3, weight_decay=1e-4, warmup_epochs=1.0),
@@ -209,4 +209,4 @@ def photos_cpc() -> TrainConfig:
         projector=HeadConfig(layers=1, output_size=128), patch_size=16, patch_stride=8, rows_ahead=2, context_size=128
     )
     config = _method("photos_cpc", method)
-    return replace(config, augment=replace(config.augment, num_views=1))
+    return replace(config, augment=config.augment.with_all(count=1))

@@ -81,17 +81,17 @@ def collect_report(
     return distributed.together(collect)
 
 
-def example_views(config: TrainConfig, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Views uint8 [n, V, S, S, 3] of the first samples of the first epoch as training sees them, and the originals
-    uint8 [n, S, S, 3]."""
+def example_views(config: TrainConfig, dataset: Dataset) -> tuple[list[np.ndarray], np.ndarray]:
+    """Views uint8 [n, V, S, S, 3], for each size, of the first samples of the first epoch as training sees them, and the
+    originals uint8 [n, S, S, 3]."""
     num_examples = min(NUM_EXAMPLES, dataset.manifest.num_train)
     with train_epoch(
         dataset, config.data, config.augment,
         seed=config.seed, epoch=0, share=Share(num_examples), threads=1,
     ) as batches:  # fmt: skip
         batch = Augment(config.augment, config.seed)(next(batches), torch.device("cpu"))
-    views = to_displayable(batch.views[0], config.augment).transpose(0, 1)
-    return views.numpy(), _images(config, dataset, batch.samples.indices.numpy(), config.data.image_size)
+    views = [to_displayable(of_size, config.augment).transpose(0, 1).numpy() for of_size in batch.views]
+    return views, _images(config, dataset, batch.samples.indices.numpy(), config.data.image_size)
 
 
 def _images(config: TrainConfig, dataset: Dataset, indices: np.ndarray, side: int) -> np.ndarray:

@@ -97,10 +97,11 @@ def neighbours(inputs: RunReport) -> tuple[Section, Figure | None]:
 def views(inputs: RunReport) -> tuple[Section, Figure | None]:
     """What augmentation makes of a few images."""
     title = "What the encoder is trained on: augmented views"
-    if inputs.views is None or inputs.originals is None or len(inputs.views) == 0:
+    if inputs.originals is None or not inputs.views or len(inputs.originals) == 0:
         return Section("views", title, missing="there are no example views"), None
-    views, originals = _as_rgb(inputs.views), _as_rgb(inputs.originals)
-    samples, num_views = min(MAX_VIEW_SAMPLES, len(views)), views.shape[1]
+    originals = _as_rgb(inputs.originals)
+    views = [view for of_size in inputs.views for view in np.swapaxes(_as_rgb(of_size), 0, 1)]
+    samples, num_views = min(MAX_VIEW_SAMPLES, len(originals)), len(views)
     pitch, left = 1.08, 0.95
     columns = left + MAX_VIEW_SAMPLES * pitch + 0.1
     rows = (1 + num_views) * pitch + 0.15
@@ -112,7 +113,7 @@ def views(inputs: RunReport) -> tuple[Section, Figure | None]:
         y = row * pitch + (0.07 if row else 0.0)  # the original stands a little apart
         ax.text(left - 0.1, y + 0.5, name, ha="right", va="center", fontweight="bold" if row == 0 else "normal")
         for column in range(samples):
-            _tile(ax, originals[column] if row == 0 else views[column, row - 1], left + column * pitch, y)
+            _tile(ax, originals[column] if row == 0 else views[row - 1][column], left + column * pitch, y)
     return Section(
         "views",
         title,

@@ -41,8 +41,8 @@ class RunReport:
     """Eigenvalues of the covariance of the trained encoder's features, [D], descending."""
     untrained_spectrum: np.ndarray | None = None
     """The same of the untrained encoder's features."""
-    views: np.ndarray | None = None
-    """Augmented views of n training samples, uint8 [n, V, S, S, 3]."""
+    views: Sequence[np.ndarray] = ()
+    """Augmented views of n training samples, uint8 [n, V, S, S, 3] for each size."""
     originals: np.ndarray | None = None
     """The same samples without augmentation, uint8 [n, S, S, 3]."""
     machine: Mapping[str, Any] = field(default_factory=dict)

@@ -137,10 +137,12 @@ def predict(gradient: StepGradient, config: TrainConfig, rank_batch: int) -> Ste
 
 def example(config: TrainConfig, num_samples: int) -> Batch:
     """A batch as the loader would give it, of noise."""
-    side = config.data.image_size
-    views = torch.randint(0, 256, (config.augment.num_views, num_samples, side, side, 3), dtype=torch.uint8)
+    views = [
+        torch.randint(0, 256, (len(views), num_samples, size, size, 3), dtype=torch.uint8)
+        for size, _, views in config.augment.layout(config.data.image_size)
+    ]
     indices = torch.arange(num_samples)
-    return Batch((views,), Samples(labels=indices // 2, indices=indices, epoch=0))
+    return Batch(tuple(views), Samples(labels=indices // 2, indices=indices, epoch=0))
 
 
 def rounded(micro: int) -> int:
