@@ -57,7 +57,7 @@ def trainer_and_batch(recipe: str, size: int, micro: int) -> tuple[Trainer, Batc
     trainer = Trainer(config, Accelerator(cpu=True), steps_per_epoch=1, dataset_sha256="")
     warm = example(config, 2 * micro)
     for _ in range(2):
-        trainer.gradient.compute(warm, 0, logged=False)
+        trainer.gradient.compute(warm, trainer.clock, logged=False)
         trainer.method.zero_grad(set_to_none=True)
     return trainer, example(config, size)
 
@@ -67,7 +67,7 @@ def memory(recipe: str, size: int, micro: int) -> dict[str, float]:
     trainer, batch = trainer_and_batch(recipe, size, micro)
 
     def step() -> None:
-        trainer.gradient.compute(batch, 0, logged=False)
+        trainer.gradient.compute(batch, trainer.clock, logged=False)
 
     resident = measure_peak(step, torch.device("cpu"))
     trainer.method.zero_grad(set_to_none=True)
@@ -86,7 +86,9 @@ def timed(recipe: str, command: Command) -> dict[str, list[float]]:
             start = time.perf_counter()
             for number in range(parts):
                 size = command.size // parts
-                trainer.gradient.compute(batch.part(slice(number * size, (number + 1) * size)), 0, logged=False)
+                trainer.gradient.compute(
+                    batch.part(slice(number * size, (number + 1) * size)), trainer.clock, logged=False
+                )
                 trainer.method.zero_grad(set_to_none=True)
             times[name].append(1e3 * (time.perf_counter() - start) / command.size)
     return times

@@ -1,20 +1,7 @@
 """When something is due that a run does now and then: a checkpoint, a probe."""
 
-from dataclasses import dataclass
-
 from dist_contrastive.config import CheckpointConfig, ProbeConfig
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Where a run is; equal on all ranks, so that each can tell for itself what is due."""
-
-    step: int
-    """How many updates are done."""
-    steps_per_epoch: int
-    total_steps: int
-    seconds: float
-    """Since this process began, by rank 0's monotonic clock."""
+from dist_contrastive.schedules import Clock
 
 
 class Cadence:

@@ -47,11 +47,6 @@ def require_finite(section: str, config: Any) -> None:
             )
 
 
-def require_momentum(option: str, value: float) -> None:
-    """`UserError` unless a teacher can follow with `value`: in [0, 1], where 1 stands still."""
-    require(0 <= value <= 1, f"{option} {value}: give a number in [0, 1]")
-
-
 @dataclass(frozen=True)
 class DataConfig:
     """The packed dataset and how it is read."""
@@ -217,7 +212,11 @@ class HeadConfig:
     """A multilayer perceptron: the projector from feature to embedding, or a predictor from embedding to embedding."""
 
     layers: Literal[1, 2, 3] = 2
-    """Linear layers; between two of them are a normalization and a ReLU."""
+    """Linear layers; between two of them are a normalization and an activation."""
+    activation: Literal["relu", "gelu"] = "relu"
+    """Between two layers."""
+    hidden_norm: bool = True
+    """Normalize between two layers; without it the layers have biases instead."""
     hidden_size: int = 0
     """Width of the hidden layers; 0 takes the size of the head's input."""
     output_size: int = 128
@@ -244,14 +243,26 @@ class MethodConfig:
     def check_global_batch(self, size: int) -> None:
         """`UserError` where the method can't learn from global batches of `size` samples."""
 
-    def remarks(self, num_train: int, num_seen: int) -> list[str]:
-        """What may not be meant in a run over `num_train` training samples that sees `num_seen`, a sample once an epoch."""
+    def remarks(self, num_train: int, num_seen: int, global_batch: int) -> list[str]:
+        """What may not be meant in a run over `num_train` samples that sees `num_seen` of them, `global_batch` a step."""
         return []
 
     @property
     def needs_labels(self) -> bool:
         """Whether the loss reads the labels."""
         return False
+
+
+@dataclass(frozen=True)
+class TeacherConfig(MethodConfig):
+    """A method with a teacher: a moving average of what is trained, which makes what the loss looks for."""
+
+    momentum: float = 0.996
+    """The teacher's at the start; it rises to 1 on a cosine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.momentum <= 1, f"--method.momentum {self.momentum}: give a number in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -303,6 +314,10 @@ class OptimConfig:
     """Length of the decay at the end of the schedule wsd."""
     clip_norm: float = 0.0
     """Largest norm of the whole gradient; 0 does not clip."""
+    weight_decay_end: float | None = None
+    """What weight decay changes to over the run, on a cosine (DINO: from 0.04 to 0.4); None: it stays."""
+    layer_decay: float = 1.0
+    """By what the learning rate shrinks from each of the encoder's layers to the one before it (BEiT, DINOv2); 1: it does not."""
 
     def __post_init__(self) -> None:
         require_finite("optim", self)
@@ -315,6 +330,9 @@ class OptimConfig:
             f"--optim.decay-epochs {self.decay_epochs}: give a positive number with --optim.schedule wsd, and none with another",
         )
         require(self.clip_norm >= 0, f"--optim.clip-norm {self.clip_norm}: give 0 (off) or more")
+        end = self.weight_decay_end
+        require(end is None or end >= 0, f"--optim.weight-decay-end {end}: give 0 or more")
+        require(0 < self.layer_decay <= 1, f"--optim.layer-decay {self.layer_decay}: give a number in (0, 1]")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,17 @@
 """Parameter groups, optimizers and their learning rate."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from timm.models import group_parameters
 from timm.optim import Lars
 from torch import nn
 
 from dist_contrastive import schedules
-from dist_contrastive.config import OptimConfig, TrainConfig
+from dist_contrastive.config import OptimConfig, TrainConfig, require
+from dist_contrastive.models.base import Encoder
+from dist_contrastive.schedules import Clock
 
 REFERENCE_BATCH = 256  # learning rates are given per this many samples (Goyal et al. 2017)
 STATES_PER_PARAMETER = {"adamw": 2, "sgd": 1, "lars": 1}
@@ -30,23 +36,73 @@ def learning_rate(config: TrainConfig, steps_per_epoch: int, step: int) -> float
     )
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices and kernels with weight decay; biases and normalization parameters (one axis) without."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+def weight_decay(config: OptimConfig, progress: float) -> float:
+    """At `progress`, from 0 to 1 over the run."""
+    end = config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
+    return schedules.cosine(progress, config.weight_decay, end)
+
+
+Late = tuple[Sequence[nn.Parameter], float]
+"""Parameters that stand still at first, and for how many epochs."""
+
+
+def parameter_groups(module: nn.Module, config: OptimConfig, late: Late = ((), 0.0)) -> list[dict[str, Any]]:
+    """Groups of trained parameters, each with what it takes of the learning rate and of weight decay.
+
+    Weight decay is for matrices and kernels, not for biases and normalization parameters (one axis). `scale` is what the rate
+    is multiplied with: with `layer_decay` d, d for each of the encoder's layers above a parameter's own (BEiT, Bao et al. 2022,
+    appendix), 1 for what is no part of the encoder. A group stands still until `frozen_epochs` are done: its rate is 0.
+    """
+    late_parameters, late_epochs = late
+    scales = _layer_scales(module, config.layer_decay) if config.layer_decay < 1 else {}
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            frozen = late_epochs if any(parameter is other for other in late_parameters) else 0.0
+            key = (parameter.ndim <= 1, scales.get(id(parameter), 1.0), frozen)
+            groups.setdefault(key, []).append(parameter)
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if is_plain else config.weight_decay,
+            "decays": not is_plain,
+            "scale": scale,
+            "frozen_epochs": frozen,
+        }
+        for (is_plain, scale, frozen), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
-def build_optimizer(config: OptimConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """AdamW and SGD from torch, LARS from timm (You et al. 2017); the loop sets the learning rate at each step."""
-    groups = parameter_groups(module, config.weight_decay)
+def _layer_scales(module: nn.Module, decay: float) -> dict[int, float]:
+    """By `id`, what the rate of each of the encoder's parameters is multiplied with; timm says which layer it belongs to."""
+    encoder = next(m for m in module.modules() if isinstance(m, Encoder))
+    body: Any = encoder.body
+    require(
+        hasattr(body, "group_matcher"),
+        f"--optim.layer-decay {decay:g}: timm does not say which are the layers of {encoder.config.name}; give 1",
+    )
+    layers = group_parameters(body, body.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {id(p): decay ** (last - layers[name]) for name, p in body.named_parameters()}
+
+
+def set_rates(optimizer: torch.optim.Optimizer, config: OptimConfig, rate: float, clock: Clock) -> None:
+    """Give each group its learning rate and weight decay for the update at `clock`; `rate` is the run's learning rate there."""
+    decay = weight_decay(config, clock.progress)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"] * (clock.epoch >= group["frozen_epochs"])
+        group["weight_decay"] = decay * group["decays"]
+
+
+def build_optimizer(config: OptimConfig, module: nn.Module, late: Late = ((), 0.0)) -> torch.optim.Optimizer:
+    """AdamW and SGD from torch, LARS from timm (You et al. 2017); the loop sets the rates at each step."""
+    groups = parameter_groups(module, config, late)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=(config.momentum, 0.999))
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
     # SimCLR (appendix B.6) adapts the rate of matrices and kernels alone. timm's LARS would adapt wherever there is
     # weight decay, and so nowhere without any.
-    groups[0]["always_adapt"] = True
+    for group in groups:
+        group["always_adapt"] = group["decays"]
     return Lars(groups, lr=0.0, momentum=config.momentum)

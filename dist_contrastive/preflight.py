@@ -255,4 +255,4 @@ def remarks(config: TrainConfig, num_train: int) -> list[str]:
         lines.append(
             f"--checkpoint.every {config.checkpoint.every} is more than --epochs {epochs}: there is one checkpoint, at the end"
         )
-    return lines + config.method.remarks(num_train, total * config.batch.size)
+    return lines + config.method.remarks(num_train, total * config.batch.size, config.batch.size)

@@ -32,6 +32,7 @@ class Stream(IntEnum):
     BLUR = 0x500
     SOLARIZE = 0x600
     SHUFFLE = 0x700
+    MASK = 0x800
     DROPOUT = 0x10000
     SPLIT = 0x20000
     DROP_PATH = 0x30000

@@ -381,7 +381,7 @@ class Run:
             return
         if not self.scores["baselines"]:
             self.scores["baselines"] = self.probe.baselines(self.untrained_encoder())
-        result = self.probe.score(self.trainer.method.encoder)
+        result = self.probe.score(self.trainer.method.exported)
         earlier = [entry for entry in self.scores["history"] if entry["step"] != self.trainer.step]
         self.scores["history"] = [*earlier, {"epoch": epochs_done, "step": self.trainer.step, **result}]
 
@@ -400,7 +400,7 @@ class Run:
 
     def untrained_encoder(self) -> Encoder:
         """The encoder as it was before the first step: its weights are a function of the config."""
-        return build_method(self.config).encoder.to(self.trainer.device)
+        return build_method(self.config).exported.to(self.trainer.device)
 
     def _on_fault(self, line: str) -> None:
         """Ranks are missing, or the launcher: this process is about to end."""
@@ -438,7 +438,7 @@ class Run:
         report = collect_report(
             config,
             self.dataset,
-            encoder=trainer.method.encoder,
+            encoder=trainer.method.exported,
             untrained=self.untrained_encoder(),
             device=trainer.device,
             threads=self.threads,
@@ -454,7 +454,7 @@ class Run:
             "dataset_sha256": self.dataset.manifest.sha256,
         }
         encoder, projector = "encoder.safetensors", "projector.safetensors"
-        self.write(encoder, lambda folder: save_module(folder.path / encoder, trainer.method.encoder, text))
+        self.write(encoder, lambda folder: save_module(folder.path / encoder, trainer.method.exported, text))
         self.write(projector, lambda folder: save_module(folder.path / projector, trainer.method.projector, text))
 
         def write(folder: RunFolder) -> None:

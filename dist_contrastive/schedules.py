@@ -1,9 +1,32 @@
-"""Pure functions of progress."""
+"""Where a run is, and pure functions of it."""
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 Schedule = Literal["cosine", "constant", "wsd"]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a run is; equal on all ranks, so that each can tell for itself what is due."""
+
+    step: int
+    """How many updates are done."""
+    steps_per_epoch: int
+    total_steps: int
+    seconds: float = 0.0
+    """Since this process began, by rank 0's monotonic clock."""
+
+    @property
+    def epoch(self) -> float:
+        """How many epochs are done, a part of one included."""
+        return self.step / self.steps_per_epoch
+
+    @property
+    def progress(self) -> float:
+        """From 0 to 1 over the run."""
+        return self.step / self.total_steps
 
 
 def learning_rate(
@@ -26,6 +49,16 @@ def learning_rate(
     return peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
+def linear(now: float, length: float, start: float, end: float) -> float:
+    """From `start` at 0 to `end` at `length`, and `end` from then on."""
+    return end if now >= length else start + (end - start) * now / length
+
+
+def cosine(progress: float, start: float, end: float) -> float:
+    """From `start` at progress 0 to `end` at progress 1, on a half cosine."""
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
 def ema_momentum(progress: float, base: float) -> float:
     """A teacher's momentum from `base` at progress 0 to 1 at progress 1, on a half cosine (BYOL, section 3.2)."""
-    return 1.0 - (1.0 - base) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return cosine(progress, base, 1.0)

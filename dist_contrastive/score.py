@@ -60,10 +60,12 @@ def finished_encoder(run: Path) -> TrainedEncoder:
     return TrainedEncoder(tensors, int(noted["step"]), noted["dataset_sha256"])
 
 
-def checkpoints_encoder(run: Path, step: int) -> TrainedEncoder:
-    """The encoder in the run's checkpoint of `step`; `UserError` where there is none that verifies."""
+def checkpoints_encoder(run: Path, config: TrainConfig, step: int) -> TrainedEncoder:
+    """The encoder to use in the checkpoint of `step` of a run of `config`; `UserError` where there is none that verifies."""
     checkpoint = CheckpointStore(run / "checkpoints", keep=2).load(step)
-    prefix = "encoder."
+    with torch.device("meta"):
+        method = build_method(config)
+    prefix = next(f"{name}." for name, module in method.named_modules() if module is method.exported)
     model = checkpoint.tensors["model"]
     tensors = {name.removeprefix(prefix): t for name, t in model.items() if name.startswith(prefix)}
     return TrainedEncoder(tensors, step, checkpoint.state["dataset_sha256"])
@@ -76,7 +78,7 @@ def probe(
 
     `config` is the run's; the options are those of the command.
     """
-    trained = finished_encoder(run) if checkpoint is None else checkpoints_encoder(run, checkpoint)
+    trained = finished_encoder(run) if checkpoint is None else checkpoints_encoder(run, config, checkpoint)
     require(device_name != "cuda" or torch.cuda.is_available(), "--device cuda: torch sees no CUDA device here")
     device = torch.device("cuda" if device_name != "cpu" and torch.cuda.is_available() else "cpu")
     dataset = open_dataset(data or config.data.path)
@@ -100,7 +102,7 @@ def probe(
         device=device,
         threads=fair_threads(config.data.threads),
     )
-    encoder = build_method(config).encoder.to(device)
+    encoder = build_method(config).exported.to(device)
     with announced_compilation(print):
         baselines = runner.baselines(encoder)  # not trained yet: its weights are a function of the config
     load_module(encoder, trained.tensors)

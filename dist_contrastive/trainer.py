@@ -12,15 +12,15 @@ from torch import Tensor
 
 from dist_contrastive import distributed, liveness, rng, signals
 from dist_contrastive.batch import Batch, balanced_slices
-from dist_contrastive.cadence import Clock
 from dist_contrastive.checkpoint import Checkpoint, CheckpointStore, Saver, load_module
 from dist_contrastive.config import TrainConfig, UserError, require, to_dict
 from dist_contrastive.data.augment import Augment
 from dist_contrastive.methods import Method, method_of
 from dist_contrastive.methods.base import MethodSettings
 from dist_contrastive.models.encoders import build_encoder
-from dist_contrastive.optim import build_optimizer, learning_rate, peak_learning_rate
+from dist_contrastive.optim import build_optimizer, learning_rate, peak_learning_rate, set_rates, weight_decay
 from dist_contrastive.preflight import device_and_precision, zero_launch
+from dist_contrastive.schedules import Clock
 from dist_contrastive.step.gradient import StepGradient, split
 from dist_contrastive.step.memory_plan import MemoryPlan, make_plan
 from dist_contrastive.step.replicas import DataParallel, OptimizerState, Replicas
@@ -76,7 +76,7 @@ class Trainer:
         self._dataset_sha256 = dataset_sha256
         self.method = build_method(config)
         self.num_parameters = sum(p.numel() for p in self.method.parameters())
-        optimizer = build_optimizer(config.optim, self.method)
+        optimizer = build_optimizer(config.optim, self.method, self.method.late_parameters)
         _, self.precision = device_and_precision(config.launch)
         self.replicas: Replicas
         if zero_launch(config):
@@ -133,12 +133,12 @@ class Trainer:
         """
         liveness.at_step(self.step + 1)
         rate = self._set_learning_rate()
-        outcome = self.gradient.compute(batch, self.step, logged=self.is_logged(self.step + 1))
+        outcome = self.gradient.compute(batch, self.clock, logged=self.is_logged(self.step + 1))
         grad_norm = self.replicas.norm_and_clip(self.config.optim.clip_norm)
         values = self._agree({**outcome.losses, **outcome.report}, grad_norm)
         self.gradient.attempt_update(self.step)
         self.step += 1
-        self.method.after_step(self.step / self.total_steps, outcome.embeddings)
+        self.method.after_step(self.clock, outcome.embeddings)
         return {**values, "learning_rate": rate}
 
     def plan_memory(self) -> MemoryPlan:
@@ -153,20 +153,21 @@ class Trainer:
 
     def planned_schedules(self, epochs: int | None = None) -> dict[str, list[float]]:
         """What each update of the whole run is to use, the first to the last: `learning_rate`, and where there is a teacher
-        `teacher_momentum`; if the run had so many epochs."""
+        `teacher_momentum`, where it changes `weight_decay`; if the run had so many epochs."""
         config = dataclasses.replace(self.config, epochs=epochs or self.config.epochs)
         total_steps = config.epochs * self.steps_per_epoch
         steps = range(1, total_steps + 1)
         momenta = [self.method.teacher_momentum(step / total_steps) for step in steps]
+        decays = [weight_decay(config.optim, (step - 1) / total_steps) for step in steps]
         return {
             "learning_rate": [learning_rate(config, self.steps_per_epoch, step - 1) for step in steps],
+            **({"weight_decay": decays} if config.optim.weight_decay_end is not None else {}),
             **({"teacher_momentum": known} if (known := [m for m in momenta if m is not None]) else {}),
         }
 
     def _set_learning_rate(self) -> float:
         rate = self.learning_rate(self.step)
-        for group in self.replicas.optimizer.param_groups:
-            group["lr"] = rate
+        set_rates(self.replicas.optimizer, self.config.optim, rate, self.clock)
         return rate
 
     def _agree(self, values: dict[str, Tensor], grad_norm: Tensor) -> dict[str, float]:

@@ -155,7 +155,7 @@ def start_from(method: Method, weights: Weights) -> str:
         projector = "its projector, too"
     for module in method.modules():
         if isinstance(module, Teacher):
-            module.copy(method.student)
+            module.copy(method.encoder, method.projector)
     at = f" (names after {prefix})" if prefix else ""
     without = f"; left out: {_some(left_over)}" if left_over else ""
     return f"starts from {weights.path}: encoder{at}, {projector}{without}; sha256 {weights.sha256[0][:12]}"

@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 from timm.layers import DropPath
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_contrastive.config import EncoderConfig, HeadConfig, UserError
 from dist_contrastive.distributed import rank as own_rank
@@ -20,7 +20,7 @@ from dist_contrastive.models.heads import KeyedDropout
 from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.rng import sample_keys
 from tests.harness import run_ranks
-from tests.steps import build, gradient_of, share_of_batch, step_gradient
+from tests.steps import build, clock_at, gradient_of, share_of_batch, step_gradient, student_of, teacher_of
 
 RATE = 0.4
 VIT = EncoderConfig(name="vit_w96_d4", norm="group", drop_path=RATE)
@@ -174,7 +174,7 @@ def test_micro_batches_drop_what_the_whole_batch_drops_in_both_passes(name: str)
     gradients, embeddings = [], []
     for micro in (0, 3, 1):
         method = build(name, VIT)
-        embeddings.append(step_gradient(method, micro).compute(share_of_batch(method), step=2).embeddings)
+        embeddings.append(step_gradient(method, micro).compute(share_of_batch(method), clock_at(step=2)).embeddings)
         found = gradient_of(method)
         gradients.append(np.concatenate([found[name].ravel() for name in sorted(found)]).astype(np.float64))
     for gradient, embedded in zip(gradients[1:], embeddings[1:], strict=True):
@@ -188,10 +188,11 @@ def test_a_teacher_drops_nothing() -> None:
     torch.manual_seed(0)
     method = BYOL(MethodSettings(BYOLConfig(projector=head), build_encoder(encoder, 16), seed=0)).train()
     images = images_of(NUM_IMAGES)
-    taught = method.teacher(images)
-    torch.testing.assert_close(taught, method.student.eval()(images))
+    taught = teacher_of(method)(images)
+    torch.testing.assert_close(taught, student_of(method).eval()(images))
     assert [path.probability for path in paths_of(method.encoder)] != [0.0] * len(paths_of(method.encoder))
-    dropout = Teacher(KeyedDropout(0.5)).train()
+    teacher = Teacher(method.encoder, nn.Sequential(KeyedDropout(0.5))).train()
+    (dropout,) = teacher.projector.children()
     assert torch.equal(dropout(torch.ones(4, 8), torch.arange(4)), torch.ones(4, 8))
 
 

@@ -14,10 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_contrastive.checkpoint import load_module
-from dist_contrastive.config import AugmentConfig, EncoderConfig, HeadConfig, TrainConfig, UserError, ViewConfig
+from dist_contrastive.config import (
+    AugmentConfig,
+    EncoderConfig,
+    TeacherConfig,
+    TrainConfig,
+    UserError,
+    ViewConfig,
+)
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.base import Embeddings, Method
-from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.schedules import ema_momentum
 from dist_contrastive.trainer import build_method
 from tests.harness import RankError, run_ranks
@@ -31,20 +37,15 @@ from tests.runs import (
     train_on_rank,
     write_dataset,
 )  # fmt: skip
-from tests.steps import build, gradient_of, share_of_batch, step_gradient
+from tests.steps import build, clock_at, gradient_of, share_of_batch, step_gradient, teacher_of, with_small
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 
 TARGETS = sorted(name for name in METHODS if METHODS[name].target)
-TEACHERS = sorted(name for name in METHODS if hasattr(build(name, GROUP), "teacher"))
+TEACHERS = sorted(name for name in METHODS if issubclass(METHODS[name].Config, TeacherConfig))
+TEACHER_ON_RESNETS = next(name for name in TEACHERS if not METHODS[name].needs_patches)
 
 each_method = pytest.mark.parametrize("name", sorted(METHODS))
-
-
-def teacher_of(method: Method) -> Teacher:
-    teacher = method.teacher
-    assert isinstance(teacher, Teacher)
-    return teacher
 
 
 def directional_derivative(method: Method, direction: list[Tensor], fixed: Embeddings) -> float:
@@ -70,8 +71,10 @@ def test_the_gradient_is_that_of_the_loss_with_the_papers_branches_standing_stil
     method = build(name, GROUP)
     batch = share_of_batch(method)
     embeddings = method.embed_all(batch)
+    with torch.no_grad():
+        method.settle(embeddings, clock_at())
     stopped = {key for key, value in embeddings.items() if not value.requires_grad}
-    assert stopped == ({"z", method.target} if method.target else set())
+    assert stopped == ({"z", method.target} if method.target else set()) | method.targets(batch).keys()
     method.loss(embeddings, batch.samples)["loss"].backward()
     trained = [p for p in method.parameters() if p.requires_grad]
     # Along the gradient itself, where the change is largest and rounding smallest.
@@ -108,18 +111,18 @@ def test_a_teacher_gets_no_gradient_and_moves_only_after_a_step(name: str) -> No
     method = build(name, GROUP)
     teacher = teacher_of(method)
     before = copy.deepcopy(teacher.state_dict())
-    outcome = step_gradient(method, 3).compute(share_of_batch(method), 0)
+    outcome = step_gradient(method, 3).compute(share_of_batch(method), clock_at())
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     assert not any(n.startswith("teacher.") for n in gradient_of(method))
     assert all(torch.equal(value, before[n]) for n, value in teacher.state_dict().items())
     with torch.no_grad():
         for p in method.encoder.parameters():
             p.add_(1.0)
-    method.after_step(0.25, outcome.embeddings)
+    method.after_step(clock_at(0.25), outcome.embeddings)
     # A share of the way to the student, the same for all parameters; which one is each method's own, and tested there.
     shares = []
     for n, p in method.encoder.named_parameters():
-        start, found = before[f"module.0.{n}"], teacher.module.get_submodule("0").get_parameter(n)
+        start, found = before[f"encoder.{n}"], teacher.encoder.get_parameter(n)
         shares.append(((found - start) / (p - start)).flatten())
     share = torch.cat(shares)
     assert 0 < share.median() < 0.5
@@ -137,9 +140,7 @@ def test_a_teachers_momentum_rises_to_one_on_a_cosine() -> None:
 
 
 def config_of(name: str, run_dir: Path, dataset: Path, **changes: object) -> TrainConfig:
-    config = tiny_config(run_dir, dataset, **changes)  # type: ignore[arg-type]
-    projector = HeadConfig(layers=2, hidden_size=32, output_size=16)
-    return replace(config, method=METHODS[name].Config(projector=projector))
+    return with_small(tiny_config(run_dir, dataset, **changes), name)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name: str, datase
 
 
 def test_a_teacher_of_another_architecture_is_refused(dataset: Path, tmp_path: Path) -> None:
-    config = config_of(TEACHERS[0], tmp_path / "run", dataset, stop_after_steps=2)
+    config = config_of(TEACHER_ON_RESNETS, tmp_path / "run", dataset, stop_after_steps=2)
     run_ranks(train_on_rank, 1, config)
     wider = replace(config, encoder=replace(config.encoder, name="resnet10_w32"))
     with pytest.raises(RankError, match=r"UserError.*encoder\.name: resnet10_w16 -> resnet10_w32"):
@@ -182,7 +183,7 @@ def test_a_teacher_of_another_architecture_is_refused(dataset: Path, tmp_path: P
     foreign = {n: t for n, t in build_method(wider).state_dict().items() if n.startswith("teacher.")}
     tensors = {**newest_checkpoint(config.run_dir).tensors["model"], **foreign}
     with pytest.raises(
-        UserError, match=r"the checkpoint is of another model: .*size mismatch for teacher\.module\.0\.body"
+        UserError, match=r"the checkpoint is of another model: .*size mismatch for teacher\.encoder\.body"
     ):
         load_module(own, tensors)
 

@@ -19,7 +19,7 @@ from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.schedules import ema_momentum
 from tests.harness import run_ranks
 from tests.runs import tiny_config
-from tests.steps import GLOBAL_BATCH, SIDE, build, share_of_batch
+from tests.steps import GLOBAL_BATCH, SIDE, build, clock_at, share_of_batch, student_of, teacher_of
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 BATCH = EncoderConfig(name="resnet10_w16", stem="small", norm="batch")
@@ -46,12 +46,12 @@ def move(teacher: Teacher) -> None:
 def test_mocos_gradient_is_that_of_cross_entropy_with_constant_keys_and_queue() -> None:
     """He et al. 2020, equation 1 and algorithm 1."""
     method = small_moco()
-    move(method.teacher)
+    move(teacher_of(method))
     batch = share_of_batch(method)
     loss = method.loss(method.embed_all(batch), batch.samples)["loss"]
     query = F.normalize(method.project_views(batch.views[0][:1], batch.samples)[0], dim=1)
     with torch.no_grad():
-        key = F.normalize(method.teacher(batch.views[0][1]), dim=1)
+        key = F.normalize(teacher_of(method)(batch.views[0][1]), dim=1)
     logits = torch.cat([(query * key).sum(1, keepdim=True), query @ method.queue.T], dim=1) / 0.2
     expected = F.cross_entropy(logits, torch.zeros(GLOBAL_BATCH, dtype=torch.int64))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -62,12 +62,12 @@ def test_mocov3s_gradient_is_that_of_cross_entropy_with_constant_keys() -> None:
     """Chen, Xie and He 2021, algorithm 1; both views' queries are trained."""
     method = build("mocov3", GROUP)
     assert isinstance(method, MoCoV3)
-    move(method.teacher)
+    move(teacher_of(method))
     batch = share_of_batch(method)
     loss = method.loss(method.embed_all(batch), batch.samples)["loss"]
-    queries = F.normalize(method.predictor(method.project(batch).flatten(0, 1)), dim=1).chunk(2)
+    queries = F.normalize(method.predict(method.project(batch)), dim=2)
     with torch.no_grad():
-        keys = [F.normalize(method.teacher(view), dim=1) for view in batch.views[0]]
+        keys = [F.normalize(teacher_of(method)(view), dim=1) for view in batch.views[0]]
     own = torch.arange(GLOBAL_BATCH)
     expected = 2 * (F.cross_entropy(queries[0] @ keys[1].T, own) + F.cross_entropy(queries[1] @ keys[0].T, own))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -117,7 +117,7 @@ def queue_after(rank: int, num_steps: int) -> tuple[np.ndarray, int]:
     batch = share_of_batch(method)
     for step in range(num_steps):
         shifted = replace(batch, views=(batch.views[0] + step,))
-        method.after_step(0.5, {name: x.detach() for name, x in method.embed_all(shifted).items()})
+        method.after_step(clock_at(0.5), {name: x.detach() for name, x in method.embed_all(shifted).items()})
     return method.queue.numpy().copy(), int(method.queue_pointer)
 
 
@@ -149,12 +149,12 @@ def test_queue_pointer_and_teacher_come_back_from_the_state() -> None:
     method, restored = small_moco(), small_moco(seed=1)
     batch = share_of_batch(method)
     for _ in range(2):
-        method.after_step(0.5, {name: x.detach() for name, x in method.embed_all(batch).items()})
+        method.after_step(clock_at(0.5), {name: x.detach() for name, x in method.embed_all(batch).items()})
     restored.load_state_dict(method.state_dict())
     assert restored.queue_pointer == 2 * GLOBAL_BATCH
     losses = []
     for one in (method, restored):
-        one.after_step(0.5, {name: x.detach() for name, x in one.embed_all(batch).items()})
+        one.after_step(clock_at(0.5), {name: x.detach() for name, x in one.embed_all(batch).items()})
         losses.append(one.loss(one.embed_all(batch), batch.samples)["loss"].item())
     assert losses[0] == losses[1]
     assert torch.equal(restored.queue, method.queue)
@@ -165,22 +165,22 @@ def test_queue_pointer_and_teacher_come_back_from_the_state() -> None:
 def test_the_teacher_follows_with_its_papers_momentum(name: str, momentum: float) -> None:
     """Constant in MoCo (section 3.2), on a cosine to 1 in MoCo v3 (section 4.3)."""
     method = build(name, GROUP)
-    teacher = method.teacher
+    teacher = teacher_of(method)
     assert isinstance(teacher, Teacher)
     embeddings = {key: x.detach() for key, x in method.embed_all(share_of_batch(method)).items()}
     before = [p.clone() for p in teacher.parameters()]
     with torch.no_grad():
-        for p in method.student.parameters():
+        for p in student_of(method).parameters():
             p.add_(1.0)
-    method.after_step(0.25, embeddings)
-    for mine, start, theirs in zip(teacher.parameters(), before, method.student.parameters(), strict=True):
+    method.after_step(clock_at(0.25), embeddings)
+    for mine, start, theirs in zip(teacher.parameters(), before, student_of(method).parameters(), strict=True):
         torch.testing.assert_close(mine, momentum * start + (1 - momentum) * theirs)
 
 
 def groups_of_keys(method: MoCo, samples: slice, epoch: int) -> list[Tensor]:
     """What the teacher is given, call by call."""
     seen: list[Tensor] = []
-    hook = method.teacher.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    hook = teacher_of(method).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     batch = share_of_batch(method).part(samples)
     method.embed_all(replace(batch, samples=replace(batch.samples, epoch=epoch)))
     hook.remove()
@@ -212,7 +212,7 @@ def test_keys_are_normalized_in_groups_of_shuffled_samples_and_come_back_in_orde
     method = small_moco(encoder=BATCH, norm_groups=2).train()
     batch = share_of_batch(method)
     seen: list[Tensor] = []
-    teacher = method.teacher
+    teacher = teacher_of(method)
     hook = teacher.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     keys = method.embed_all(batch)["k"][0]
     hook.remove()
@@ -230,7 +230,7 @@ def test_keys_are_normalized_in_groups_of_shuffled_samples_and_come_back_in_orde
 def test_without_batch_statistics_groups_change_nothing() -> None:
     method = small_moco()
     batch = share_of_batch(method)
-    together = F.normalize(method.teacher(batch.views[0][1]), dim=1)
+    together = F.normalize(teacher_of(method)(batch.views[0][1]), dim=1)
     torch.testing.assert_close(method.embed_all(batch)["k"][0], together, rtol=1e-4, atol=1e-5)
 
 

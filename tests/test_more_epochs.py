@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from dist_contrastive.config import AugmentConfig, OptimConfig, ProbeConfig, TrainConfig, UserError, ViewConfig
+from dist_contrastive.config import EncoderConfig, OptimConfig, ProbeConfig, UserError
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.byol import BYOLConfig
 from dist_contrastive.optim import learning_rate
 from dist_contrastive.schedules import Schedule
 from dist_contrastive.schedules import learning_rate as rate_at
-from dist_contrastive.trainer import build_method
 from tests.harness import RankError, run_ranks
 from tests.runs import (
     STEPS_PER_EPOCH,
@@ -25,6 +24,7 @@ from tests.runs import (
     train_on_rank,
     write_dataset,
 )  # fmt: skip
+from tests.steps import build, clock_at, share_of_batch, student_of
 
 CONSTANT = OptimConfig(learning_rate=1e-2, warmup_epochs=1, schedule="constant")
 WSD = replace(CONSTANT, schedule="wsd", decay_epochs=1)
@@ -101,21 +101,12 @@ def test_what_a_step_takes_from_the_runs_length_is_the_teachers_momentum(name: s
     """What `after_step` does at one progress and at another, from the same state."""
     states, momenta = [], []
     for progress in (0.25, 0.5):
-        method_config = METHODS[name].Config()
-        views = METHODS[name].min_views
-        base = tiny_config(Path("unused"), Path("unused"))
-        config = TrainConfig(
-            method=method_config,
-            data=base.data,
-            encoder=base.encoder,
-            augment=AugmentConfig((ViewConfig(count=views),)),
-        )
-        method = build_method(config)
+        method = build(name, EncoderConfig(name="resnet10_w16", norm="group"))
         with torch.no_grad():
-            for parameter in method.student.parameters():
+            for parameter in student_of(method).parameters():
                 parameter.add_(0.1)
-        size = method_config.projector.output_size
-        method.after_step(progress, {"z": torch.ones(views, 4, size), "k": torch.ones(1, 4, size)})
+        embeddings = {key: value.detach() for key, value in method.embed_all(share_of_batch(method)).items()}
+        method.after_step(clock_at(progress), embeddings)
         states.append(method.state_dict())
         momenta.append(method.teacher_momentum(progress))
     equal = all(torch.equal(one, other) for one, other in zip(*(state.values() for state in states), strict=True))

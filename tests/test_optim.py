@@ -26,7 +26,7 @@ def test_weight_decay_leaves_biases_and_normalization_alone() -> None:
     module = model()
     frozen = next(module[1].parameters())
     frozen.requires_grad_(False)
-    decayed, free = parameter_groups(module, 0.1)
+    decayed, free = parameter_groups(module, OptimConfig(weight_decay=0.1))
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
     weights = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     assert {id(p) for p in decayed["params"]} == weights - {id(frozen)}

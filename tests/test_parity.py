@@ -13,7 +13,7 @@ import torch
 from dist_contrastive.config import EncoderConfig
 from dist_contrastive.methods import METHODS
 from tests.harness import run_ranks
-from tests.steps import build, gradient_of, share_of_batch, step_gradient
+from tests.steps import build, clock_at, gradient_of, share_of_batch, step_gradient
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 BATCH = replace(GROUP, norm="batch")
@@ -27,6 +27,8 @@ def direct_gradient(rank: int, name: str, encoder: EncoderConfig) -> dict[str, n
     method = build(name, encoder)
     batch = share_of_batch(method, SEED[encoder.norm])
     embeddings = method.embed_all(batch)
+    with torch.no_grad():
+        method.settle(embeddings, clock_at())
     losses, report = method.loss(embeddings, batch.samples), method.report(embeddings, logged=True)
     losses["loss"].backward()
     assert all(value.ndim == 0 and value.dtype == torch.float32 for value in losses.values())
@@ -39,7 +41,7 @@ def direct_gradient(rank: int, name: str, encoder: EncoderConfig) -> dict[str, n
 def gradient_of_share(rank: int, name: str, encoder: EncoderConfig, micro: int) -> dict[str, np.ndarray]:
     """The same as the trainer computes it, from this rank's share."""
     method = build(name, encoder)
-    step_gradient(method, micro).compute(share_of_batch(method, SEED[encoder.norm]), 0)
+    step_gradient(method, micro).compute(share_of_batch(method, SEED[encoder.norm]), clock_at())
     return gradient_of(method)
 
 

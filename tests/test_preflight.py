@@ -34,6 +34,7 @@ from dist_contrastive.trainer import build_method
 from dist_contrastive.trial import fewest_samples
 from tests.harness import RankError, run_ranks
 from tests.runs import GLOBAL_BATCH, NUM_TRAIN, STEPS_PER_EPOCH, losses_of, tiny_config, train_on_rank, write_dataset
+from tests.steps import encoder_for, small
 
 HEAD = HeadConfig(layers=2, hidden_size=8, output_size=4)
 
@@ -42,7 +43,8 @@ def with_method(method: MethodConfig, *, norm: str = "batch", size: int = 2, mic
     config = tiny_config(Path("run"), Path("data.beton"), norm=norm, stop_after_steps=2)
     views = METHODS[method.name].min_views
     augment = AugmentConfig((ViewConfig(count=views),))
-    return replace(config, method=method, augment=augment, batch=BatchConfig(size=size, micro=micro))
+    encoder = encoder_for(method.name, config.encoder)
+    return replace(config, method=method, augment=augment, encoder=encoder, batch=BatchConfig(size=size, micro=micro))
 
 
 def with_encoder(name: str, image_size: int, **changes: Any) -> TrainConfig:
@@ -163,7 +165,7 @@ def test_features_that_are_no_vectors_are_refused(monkeypatch: pytest.MonkeyPatc
 class OfTokens(SimCLR):
     """Asks the encoder for tokens, too."""
 
-    def project_views(self, views: Tensor, samples: Samples) -> Tensor:
+    def project_views(self, views: Tensor, samples: Samples, first: int = 0) -> Tensor:
         pooled = self.encoder.features(views.flatten(0, 1)).pooled
         return self.projector(pooled).float().unflatten(0, views.shape[:2])
 
@@ -209,7 +211,7 @@ def test_trying_leaves_the_random_state_and_the_initial_weights_as_they_are() ->
 @pytest.mark.parametrize("norm", ["batch", "sync", "group"])
 def test_the_fewest_samples_are_those_that_a_real_pass_takes(name: str, norm: str) -> None:
     """Every method: with as many it trains, with one less it does not, on real tensors."""
-    config = with_method(METHODS[name].Config(projector=HEAD), norm=norm)
+    config = with_method(small(name, HEAD), norm=norm)
     fewest = fewest_samples(config)
     for size in range(1, fewest + 1):
         method = build_method(config).train()

@@ -18,7 +18,8 @@ OPTIONS = set(
     """
 --help --from --run-dir --seed --epochs --resume --overwrite --no-overwrite --stop-after-steps --log-every
 --method.projector.layers --method.projector.hidden-size --method.projector.output-size
---method.projector.output-norm --method.projector.no-output-norm
+--method.projector.output-norm --method.projector.no-output-norm --method.projector.activation
+--method.projector.hidden-norm --method.projector.no-hidden-norm
 --data.path --data.image-size --data.eval-crop --data.threads --data.batches-ahead --data.timeout-s
 --augment.count --augment.size --augment.crop-scale --augment.crop-ratio --augment.flip
 --augment.jitter --augment.brightness --augment.contrast --augment.saturation --augment.hue
@@ -28,7 +29,7 @@ OPTIONS = set(
 --encoder.name --encoder.stem --encoder.norm --encoder.dropout --encoder.drop-path --encoder.patch-size
 --batch.global --batch.micro --batch.memory-gib
 --optim.name --optim.learning-rate --optim.weight-decay --optim.momentum --optim.warmup-epochs --optim.clip-norm
---optim.schedule --optim.decay-epochs
+--optim.schedule --optim.decay-epochs --optim.weight-decay-end --optim.layer-decay
 --probe.enabled --probe.no-enabled --probe.every --probe.knn-k --probe.knn-temperature --probe.strengths --probe.holdout
 --checkpoint.every --checkpoint.every-steps --checkpoint.every-minutes --checkpoint.keep
 --launch.ranks --launch.device --launch.precision --launch.timeout-minutes

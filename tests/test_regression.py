@@ -16,7 +16,7 @@ from dist_contrastive.methods.simsiam import SimSiam, SimSiamConfig
 from dist_contrastive.models.encoders import build_encoder
 from dist_contrastive.schedules import ema_momentum
 from tests.harness import run_ranks
-from tests.steps import build, losses_of, share_of_batch
+from tests.steps import build, clock_at, losses_of, share_of_batch, teacher_of
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 BATCH = EncoderConfig(name="resnet10_w16", stem="small", norm="batch")
@@ -212,7 +212,7 @@ def test_the_teacher_counts() -> None:
     batch = share_of_batch(method)
     loss = losses_of(method, batch)["loss"].item()
     with torch.no_grad():
-        for p in method.teacher.parameters():
+        for p in teacher_of(method).parameters():
             p.add_(0.1)
     assert abs(losses_of(method, batch)["loss"].item() - loss) > 1e-3
 
@@ -221,14 +221,14 @@ def test_the_teacher_counts() -> None:
 def test_the_teacher_moves_after_a_step_by_the_schedules_momentum(progress: float) -> None:
     """Equation 1 for encoder and projector, with the momentum of section 3.2."""
     method = build_byol()
-    start = [p.clone() for p in method.teacher.parameters()]
+    start = [p.clone() for p in teacher_of(method).parameters()]
     with torch.no_grad():
         for p in method.parameters():
             if p.requires_grad:
                 p.add_(1.0)
-    method.after_step(progress, {})
+    method.after_step(clock_at(progress), {})
     momentum = ema_momentum(progress, 0.996)
-    found = list(method.teacher.parameters())
+    found = list(teacher_of(method).parameters())
     for mine, before, theirs in zip(found, start, student_of(method), strict=True):
         torch.testing.assert_close(mine, momentum * before + (1 - momentum) * theirs)
     assert (progress == 1.0) == all(torch.equal(mine, before) for mine, before in zip(found, start, strict=True))
@@ -237,11 +237,11 @@ def test_the_teacher_moves_after_a_step_by_the_schedules_momentum(progress: floa
 def test_the_teachers_state_is_the_methods() -> None:
     method = build_byol()
     with torch.no_grad():
-        for p in method.teacher.parameters():
+        for p in teacher_of(method).parameters():
             p.add_(1.0)
     other = build_byol()
     other.load_state_dict(method.state_dict())
-    for mine, theirs in zip(other.teacher.parameters(), method.teacher.parameters(), strict=True):
+    for mine, theirs in zip(teacher_of(other).parameters(), teacher_of(method).parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 

@@ -40,7 +40,7 @@ from dist_contrastive.trainer import Trainer, build_method
 from tests.harness import run_ranks
 from tests.launches import launch_config_of
 from tests.runs import tiny_config
-from tests.steps import build, gradient_of, share_of_batch, step_gradient
+from tests.steps import build, clock_at, gradient_of, share_of_batch, step_gradient, with_small
 
 BATCH = EncoderConfig(name="resnet10_w16", stem="small", norm="batch")
 
@@ -59,7 +59,7 @@ def gradient_and_peak(name: str, encoder: EncoderConfig, micro: int) -> tuple[di
     method = build(name, encoder)
     step = step_gradient(method, micro)
     with TensorCount() as tensors:
-        step.compute(share_of_batch(method), 0)
+        step.compute(share_of_batch(method), clock_at())
     return gradient_of(method), tensors.peak
 
 
@@ -110,8 +110,7 @@ def test_a_name_that_torch_has_lost_is_named() -> None:
 
 def tiny(method: str, *, norm: str = "batch", **changes: Any) -> TrainConfig:
     config = tiny_config(Path("runs/tiny"), Path("tiny.beton"), norm=norm)
-    head = replace(config.method.projector)
-    return replace(config, method=METHODS[method].Config(projector=head), **changes)
+    return replace(with_small(config, method, config.method.projector), **changes)
 
 
 def simulated(config: TrainConfig, ranks: int, *, logged: bool = True, precision: Precision = "fp32") -> Simulation:
@@ -382,7 +381,7 @@ def with_forgotten_tensor() -> Simulation:
 
     def build_more(self: SimCLR, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        self.projector.append(_Forgotten())
+        self.projector = nn.Sequential(self.projector, _Forgotten())
 
     with patched(SimCLR, "__init__", build_more):
         return simulated(tiny("simclr"), 1, logged=False)

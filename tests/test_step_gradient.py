@@ -33,7 +33,16 @@ from tests.runs import (
     train_on_rank,
     write_dataset,
 )
-from tests.steps import GLOBAL_BATCH, build, gradient_of, share_of_batch, step_gradient
+from tests.steps import (
+    GLOBAL_BATCH,
+    build,
+    clock_at,
+    gradient_of,
+    share_of_batch,
+    step_gradient,
+    student_of,
+    teacher_of,
+)
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 BATCH = EncoderConfig(name="resnet10_w16", stem="small", norm="batch")
@@ -67,10 +76,10 @@ def test_batch_norm_takes_the_micro_batchs_statistics_in_both_passes(micro: int)
     method.loss({"z": torch.cat([part["z"] for part in parts], dim=1)}, batch.samples)["loss"].backward()
     expected = gradient_of(method)
     again = build("simclr", BATCH)
-    step_gradient(again, micro).compute(batch, 0)
+    step_gradient(again, micro).compute(batch, clock_at())
     assert_close(gradient_of(again), expected)
     whole = build("simclr", BATCH)
-    step_gradient(whole, 0).compute(batch, 0)
+    step_gradient(whole, 0).compute(batch, clock_at())
     with pytest.raises(AssertionError):  # with batch statistics it is another function than without micro-batches
         assert_close(gradient_of(whole), expected, tolerance=1e-2)
 
@@ -90,7 +99,7 @@ def test_running_statistics_take_each_sample_once_and_move_as_far_as_without_mic
     seen: list[Tensor] = []
     bn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     batch = share_of_batch(method)
-    step_gradient(method, micro).compute(batch, 0)
+    step_gradient(method, micro).compute(batch, clock_at())
     parts = split(GLOBAL_BATCH, micro)
     first = seen[: len(parts)]
     means = [x.mean((0, 2, 3)) for x in first]
@@ -107,18 +116,18 @@ def test_running_statistics_take_each_sample_once_and_move_as_far_as_without_mic
 
 def test_a_teacher_takes_part_once_and_its_running_statistics_move_as_far_as_the_students() -> None:
     method = build("mocov3", BATCH)
-    teacher = method.teacher
+    teacher = teacher_of(method)
     assert isinstance(teacher, Teacher)
-    teacher.module.load_state_dict(method.student.state_dict())
+    teacher.copy(method.encoder, method.projector)
     seen: list[Tensor] = []
     teacher.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     batch = share_of_batch(method)
-    step_gradient(method, 3).compute(batch, 0)
+    step_gradient(method, 3).compute(batch, clock_at())
     assert [len(views) for views in seen] == [2 * (part.stop - part.start) for part in split(GLOBAL_BATCH, 3)]
     # Both have the same weights and have seen the same images.
-    for (name, one), other in zip(teacher.module.named_buffers(), method.student.buffers(), strict=True):
+    for (name, one), other in zip(teacher.named_buffers(), student_of(method).buffers(), strict=True):
         torch.testing.assert_close(one, other, msg=name)
-    assert teacher.module.get_buffer("0.body.bn1.running_mean").any()
+    assert teacher.get_buffer("encoder.body.bn1.running_mean").any()
 
 
 class Noisy(SimCLR):
@@ -137,7 +146,7 @@ def test_what_a_library_draws_is_replayed_in_the_second_pass() -> None:
     method.__class__ = Noisy
     assert isinstance(method, Noisy)
     method.draws = []
-    step_gradient(method, 3).compute(share_of_batch(method), 5)
+    step_gradient(method, 3).compute(share_of_batch(method), clock_at(step=5))
     first, second = method.draws[:3], method.draws[3:]
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
     assert len({float(x[0]) for x in first}) == 3, "each micro-batch has numbers of its own"
@@ -145,11 +154,13 @@ def test_what_a_library_draws_is_replayed_in_the_second_pass() -> None:
 
 def test_bf16_with_micro_batches_follows_bf16_without() -> None:
     one, other = build("simclr", GROUP), build("simclr", GROUP)
-    outcomes = [step_gradient(m, micro, "bf16").compute(share_of_batch(m), 0) for m, micro in ((one, 0), (other, 3))]
+    outcomes = [
+        step_gradient(m, micro, "bf16").compute(share_of_batch(m), clock_at()) for m, micro in ((one, 0), (other, 3))
+    ]
     assert outcomes[0].embeddings["z"].dtype == torch.float32
     assert_close(gradient_of(other), gradient_of(one), tolerance=2e-2)
     exact = build("simclr", GROUP)
-    step_gradient(exact, 0).compute(share_of_batch(exact), 0)
+    step_gradient(exact, 0).compute(share_of_batch(exact), clock_at())
     with pytest.raises(AssertionError):
         assert_close(gradient_of(one), gradient_of(exact), tolerance=1e-4)
 
@@ -172,7 +183,7 @@ def communicated(rank: int, name: str, micro: int) -> int:
         return future
 
     ddp_of(steps).register_comm_hook(None, hook)
-    steps.compute(share_of_batch(method), 0)
+    steps.compute(share_of_batch(method), clock_at())
     return sum(sent) - sum(p.numel() for p in method.parameters() if p.requires_grad)
 
 
@@ -193,7 +204,7 @@ def buckets(rank: int, name: str) -> tuple[bool, bool, list[bool]]:
     # What the reducer would still do in a forward pass: False where there is nothing left to do.
     later = []
     for step in range(2):
-        steps.compute(share_of_batch(method), step)
+        steps.compute(share_of_batch(method), clock_at(step=step))
         later.append(ddp_of(steps).reducer._rebuild_buckets())
         method.zero_grad(set_to_none=True)
     return at_once, untouched, later
@@ -258,7 +269,7 @@ def fail_at(rank: int, moment: str, norm: EncoderConfig) -> tuple[int, list[str]
     steps = step_gradient(method, 3)
     said: list[str] = []
     steps.say = said.append
-    steps.compute(share_of_batch(method), 0)
+    steps.compute(share_of_batch(method), clock_at())
     return steps.micro, said, gradient_of(method), [float(b.double().sum()) for b in method.buffers()]
 
 
@@ -278,16 +289,16 @@ def fail_in_the_second_step(rank: int) -> tuple[int, list[str], dict[str, np.nda
     said: list[str] = []
     steps.say = said.append
     second = False
-    steps.compute(share_of_batch(method), 0)
+    steps.compute(share_of_batch(method), clock_at())
     method.zero_grad(set_to_none=True)
     second = True
-    steps.compute(share_of_batch(method), 1)
+    steps.compute(share_of_batch(method), clock_at(step=1))
     return steps.micro, said, gradient_of(method)
 
 
 def second_step(rank: int) -> dict[str, np.ndarray]:
     method = build("simclr", GROUP)
-    step_gradient(method, 2).compute(share_of_batch(method), 1)
+    step_gradient(method, 2).compute(share_of_batch(method), clock_at(step=1))
     return gradient_of(method)
 
 
@@ -304,7 +315,7 @@ def test_out_of_memory_in_the_second_step_where_ddp_would_order_its_buckets() ->
 
 def undisturbed(rank: int, norm: EncoderConfig) -> tuple[dict[str, np.ndarray], list[float]]:
     method = build("simclr", norm)
-    step_gradient(method, 1).compute(share_of_batch(method), 0)
+    step_gradient(method, 1).compute(share_of_batch(method), clock_at())
     return gradient_of(method), [float(b.double().sum()) for b in method.buffers()]
 
 
@@ -339,7 +350,7 @@ def never_fits(rank: int) -> str:
     assert isinstance(method, Failing)
     method.moment, method.fits, method.failing_rank = "between two collectives", 0, 0
     with pytest.raises(UserError) as caught:
-        step_gradient(method, 0).compute(share_of_batch(method), 0)
+        step_gradient(method, 0).compute(share_of_batch(method), clock_at())
     return str(caught.value)
 
 
@@ -358,7 +369,7 @@ def fits_two(rank: int, fits: int) -> tuple[int, str]:
     steps = step_gradient(method, 0)
     steps.fewest = 2
     try:
-        steps.compute(share_of_batch(method), 0)
+        steps.compute(share_of_batch(method), clock_at())
     except UserError as error:
         return steps.micro, str(error)
     return steps.micro, ""
@@ -392,7 +403,7 @@ def update_without_memory(rank: int) -> tuple[str, bool]:
     """What an update says that fails on rank 1, and whether the ranks can talk after it."""
     method = build("simclr", GROUP)
     steps = step_gradient(method, 0, optimizer=HungryOptimizer(method.parameters(), lr=0.1, momentum=0.9))
-    steps.compute(share_of_batch(method), 0)
+    steps.compute(share_of_batch(method), clock_at())
     with pytest.raises(UserError) as caught:
         steps.attempt_update(0)
     return str(caught.value), distributed.gather_objects(rank) == [0, 1]
@@ -407,7 +418,7 @@ def test_out_of_memory_in_the_optimizers_first_update_ends_all_ranks_with_one_li
 def other_error(rank: int) -> None:
     method = build("simclr", GROUP)
     method.loss = None  # type: ignore[assignment, method-assign]
-    step_gradient(method, 2).compute(share_of_batch(method), 0)
+    step_gradient(method, 2).compute(share_of_batch(method), clock_at())
 
 
 def test_an_error_that_is_none_of_memory_is_not_repeated() -> None:
@@ -433,7 +444,7 @@ def really_out_of_memory(rank: int) -> tuple[int, dict[str, np.ndarray]]:
     if rank == 1:
         limit = psutil.Process().memory_info().vms + 5 * 2**29
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    steps.compute(batch, 0)
+    steps.compute(batch, clock_at())
     return steps.micro, gradient_of(method)
 
 
@@ -441,7 +452,7 @@ def test_memory_that_really_runs_out_on_one_rank() -> None:
     shares = run_ranks(really_out_of_memory, 2)
     assert [micro for micro, _ in shares] == [2, 2]
     whole = build("simclr", GROUP)
-    step_gradient(whole, 0).compute(share_of_batch(whole), 0)
+    step_gradient(whole, 0).compute(share_of_batch(whole), clock_at())
     for _, gradient in shares:
         assert_close(gradient, gradient_of(whole))
 

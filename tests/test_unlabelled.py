@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from dist_contrastive.run import train
 from tests.betons import picture, write_beton
 from tests.harness import run_ranks
 from tests.runs import NUM_TEST, NUM_TRAIN, tiny_config, train_on_rank, write_dataset
+from tests.steps import with_small
 
 SETTINGS: dict[str, Any] = {
     "data": DataConfig(image_size=16), "augment": AugmentConfig(), "device": torch.device("cpu"), "threads": 1,
@@ -82,9 +82,7 @@ def test_a_run_gives_what_needs_no_labels_and_says_what_does(finished: tuple[Pat
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_trains_without_labels(unlabelled: Path, tmp_path: Path, name: str) -> None:
-    method = METHODS[name].Config()
-    method = replace(method, projector=replace(method.projector, hidden_size=32, output_size=16))
-    config = tiny_config(tmp_path / "run", unlabelled, epochs=1, stop_after_steps=1, method=method)
+    config = with_small(tiny_config(tmp_path / "run", unlabelled, epochs=1, stop_after_steps=1), name)
     assert run_ranks(train_on_rank, 1, config) == [False]
 
 

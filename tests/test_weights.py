@@ -24,6 +24,7 @@ from dist_contrastive.trainer import build_method
 from dist_contrastive.weights import read_weights, start_from
 from tests.harness import RankError, run_ranks
 from tests.runs import assert_same_state, newest_checkpoint, tiny_config, train_on_rank, write_dataset
+from tests.steps import teacher_of
 
 TIMM = EncoderConfig(name="resnet18")
 Tensors = dict[str, Tensor]
@@ -195,8 +196,12 @@ def test_a_projector_of_another_shape_is_new_and_teachers_are_copies(finished: T
     assert isinstance(method, BYOL)
     assert "new projector" in start_from(method, read_weights(finished.run_dir))
     assert any(value.any() for name, value in method.encoder.state_dict().items() if name.endswith("running_mean"))
-    teacher = method.teacher.module.state_dict()
-    assert all(torch.equal(value, teacher[name]) for name, value in method.student.state_dict().items())
+    for theirs, mine in (
+        (method.encoder, teacher_of(method).encoder),
+        (method.projector, teacher_of(method).projector),
+    ):
+        copied = mine.state_dict()
+        assert all(torch.equal(value, copied[name]) for name, value in theirs.state_dict().items())
 
 
 def test_a_run_from_weights_starts_there_says_so_and_goes_on_without_the_source(

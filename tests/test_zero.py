@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch, Samples
-from dist_contrastive.config import HeadConfig, TrainConfig, UserError
+from dist_contrastive.config import TrainConfig, UserError
 from dist_contrastive.launch import connect
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.base import Embeddings, Losses
@@ -20,7 +20,7 @@ from dist_contrastive.preflight import zero_launch
 from dist_contrastive.run import train
 from dist_contrastive.step.gradient import StepGradient
 from dist_contrastive.step.memory_plan import example
-from dist_contrastive.step.replicas import DataParallel
+from dist_contrastive.step.replicas import DataParallel, Passed
 from dist_contrastive.step.zero import FIRST_SCALE, ShardedOptimizer
 from dist_contrastive.trainer import NonFiniteError, Trainer
 from tests.harness import run_ranks
@@ -32,6 +32,7 @@ from tests.runs import (
     train_on_rank,
     write_dataset,
 )
+from tests.steps import clock_at, with_small
 
 
 def launched(stage: int, offload: bool = False) -> None:
@@ -53,9 +54,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of_method(name: str, run_dir: Path, dataset: Path, **changes: object) -> TrainConfig:
-    config = tiny_config(run_dir, dataset, norm="group", **changes)
-    projector = HeadConfig(layers=2, hidden_size=32, output_size=16)
-    return replace(config, method=METHODS[name].Config(projector=projector))
+    return with_small(tiny_config(run_dir, dataset, norm="group", **changes), name)
 
 
 # Whole runs.
@@ -154,10 +153,10 @@ def halve(rank: int, config: TrainConfig, stage: int) -> tuple[int, list[str], n
     trainer = trainer_of(config, stage)
     forward = trainer.replicas.forward
 
-    def failing(batch: Batch, *, targets: bool) -> dict[str, Tensor]:
+    def failing(batch: Batch, what: Passed) -> dict[str, Tensor]:
         if rank == 1 and len(batch) > 2 and torch.is_grad_enabled():
             raise torch.OutOfMemoryError("injected")
-        return forward(batch, targets=targets)
+        return forward(batch, what)
 
     trainer.replicas.forward = failing  # type: ignore[method-assign]
     said: list[str] = []
@@ -186,11 +185,11 @@ def overflow(rank: int, config: TrainConfig, stage: int) -> tuple[list[float], l
     optimizer = torch.optim.SGD([p for p in trainer.method.parameters() if p.requires_grad], lr=0.1)
     # The scaler of fp16 over passes in fp32, which a CPU computes.
     replicas = ShardedOptimizer(trainer.method, optimizer, trainer.accelerator, "fp16")
-    replicas.forward = lambda batch, targets: replicas._engine.module(batch, targets)  # type: ignore[method-assign, misc]
+    replicas.forward = lambda batch, what: replicas._engine.module(batch, what)  # type: ignore[method-assign]
     gradient = StepGradient(replicas, trainer.gradient._augmentation, seed=0, micro=0)
     scales, moved, norm = [], [], torch.zeros(())
     for step in range(3):
-        gradient.compute(noise(config, step), step)
+        gradient.compute(noise(config, step), clock_at(step=step))
         if step == 1 and rank == 1:
             for averaged in replicas._zero.averaged_gradients.values():
                 averaged[0].fill_(float("inf"))

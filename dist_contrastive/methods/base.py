@@ -1,6 +1,8 @@
 """What every method is: a module that turns a batch into losses."""
 
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar, get_args, get_origin
 
@@ -9,11 +11,13 @@ from torch import Tensor, nn
 
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch, Samples
-from dist_contrastive.config import MethodConfig
+from dist_contrastive.config import HeadConfig, MethodConfig, TeacherConfig
 from dist_contrastive.losses.statistics import effective_rank, positive_cosine
 from dist_contrastive.models.base import Encoder
-from dist_contrastive.models.heads import KeyedDropout, build_head
+from dist_contrastive.models.heads import KeyedDropout, build_head, build_predictor
+from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.rng import sample_keys
+from dist_contrastive.schedules import Clock, ema_momentum
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 Losses = dict[str, Tensor]
@@ -36,13 +40,19 @@ class MethodSettings(Generic[ConfigT]):
 
 
 class Method(nn.Module, ABC, Generic[ConfigT]):
-    """Encoder, projector, and the loss on them, in two halves.
+    """Encoder, projector, and the loss on them; a step goes through these phases:
 
-    `embed` and `targets` hold every parameter and treat each sample by itself (but for batch statistics), so that they may
-    be called for one micro-batch after the other; `loss` has no parameters, and sees the whole rank batch where it
-    couples samples (`couples_samples`), else perhaps a micro-batch. The loss of a rank is the mean over the rank's own
-    anchors, and what it gathers from other ranks carries gradient, so that DDP's average over ranks is the gradient of
-    the global batch.
+    1. `embed` and `targets` treat each sample by itself (but for batch statistics), so that they may be called for one
+       micro-batch after the other. Where the config is a `TeacherConfig` there is a `teacher` to make targets.
+    2. `settle` sees the whole rank batch, may ask the other ranks, and has no gradient.
+    3. `loss` sees the whole rank batch where it couples samples (`couples_samples`), else perhaps a micro-batch. It may use
+       parameters beside the embeddings. The loss of a rank is the mean over the rank's own anchors, and what it gathers
+       from other ranks carries gradient, so that the average over ranks is the gradient of the global batch.
+    4. `after_step`, once the optimizer has updated, moves the teacher and whatever else follows.
+
+    Attributes:
+        teacher: follows encoder and projector; None where the config has no momentum for one.
+        predictor: from embedding to embedding, where the config has a head of this name; else None.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -56,6 +66,8 @@ class Method(nn.Module, ABC, Generic[ConfigT]):
     target: ClassVar[str | None] = None
     """The embedding that the loss looks for and no gradient reaches, by the method's paper; None: gradient reaches all.
     Where there is one, `z` is for the report alone, or is the target itself."""
+    needs_patches: ClassVar[bool] = False
+    """Whether its encoder must be a vision transformer."""
     couples_samples: ClassVar[bool] = True
     """Whether the loss of a sample depends on other samples of its batch. If not, the loss is a mean over samples, and
     micro-batches need no gradient caching."""
@@ -63,8 +75,9 @@ class Method(nn.Module, ABC, Generic[ConfigT]):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         for base in cls.__dict__.get("__orig_bases__", ()):
-            if get_origin(base) is Method:
-                (cls.Config,) = get_args(base)
+            origin, arguments = get_origin(base), get_args(base)
+            if isinstance(origin, type) and issubclass(origin, Method) and isinstance(arguments[0], type):
+                (cls.Config,) = arguments
 
     def __init__(self, settings: MethodSettings[ConfigT]) -> None:
         super().__init__()
@@ -73,7 +86,20 @@ class Method(nn.Module, ABC, Generic[ConfigT]):
         self.encoder = settings.encoder
         self.norm = self.encoder.config.norm
         self.dropout = KeyedDropout(self.encoder.config.dropout)
-        self.projector = build_head(self.config.projector, self.encoder.feature_size, self.norm)
+        self.projector = self.build_projector()
+        predictor: HeadConfig | None = getattr(self.config, "predictor", None)
+        size = self.config.projector.output_size
+        self.predictor = build_predictor(predictor, size, self.norm) if predictor else None
+        self.teacher = Teacher(self.encoder, self.projector) if isinstance(self.config, TeacherConfig) else None
+
+    def build_projector(self) -> nn.Module:
+        """What maps features [N, D] to embeddings [N, E]; a teacher has its own."""
+        return build_head(self.config.projector, self.encoder.feature_size, self.norm)
+
+    @property
+    def late_parameters(self) -> tuple[Sequence[nn.Parameter], float]:
+        """Parameters that stand still at first, and for how many epochs."""
+        return [], 0.0
 
     @abstractmethod
     def embed(self, batch: Batch) -> Embeddings:
@@ -91,9 +117,16 @@ class Method(nn.Module, ABC, Generic[ConfigT]):
         """Embeddings and targets."""
         return {**self.embed(batch), **self.targets(batch)}
 
+    def settle(self, embeddings: Embeddings, clock: Clock) -> None:
+        """Find what the loss needs of the whole global batch's targets, and keep it for this step's `loss`.
+
+        `embeddings` are the rank batch's, without gradient: all of them, or the targets alone. All ranks call it together,
+        perhaps again for the same step, so it may set nothing but what depends on its arguments.
+        """
+
     @abstractmethod
     def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
-        """Float32 scalars, means over this rank's anchors; the loop knows `losses["loss"]` alone.
+        """Float32 scalars, means over this rank's anchors; the loop knows `losses["loss"]` alone, the others are logged.
 
         `samples` are those of `embeddings`: the whole rank batch, or a micro-batch where the loss does not couple samples.
         """
@@ -113,32 +146,55 @@ class Method(nn.Module, ABC, Generic[ConfigT]):
         """In how many groups BatchNorm sees the samples of a forward pass of `num_samples`."""
         return 1
 
-    def after_step(self, progress: float, embeddings: Embeddings) -> None:
-        """Move teachers and queues after an optimizer update.
+    def after_step(self, clock: Clock, embeddings: Embeddings) -> None:
+        """Move the teacher, and whatever else follows, after an optimizer update.
 
-        `progress` runs from 0 to 1 over the run; `embeddings` are the update's own, detached, of the whole rank batch.
+        `clock` counts the update; `embeddings` are its own, detached, of the whole rank batch.
         """
+        momentum = self.teacher_momentum(clock.progress)
+        if self.teacher and momentum is not None:
+            self.teacher.follow(self.encoder, self.projector, momentum)
 
     def teacher_momentum(self, progress: float) -> float | None:
         """How much of itself the teacher keeps in `after_step` at `progress`; None where there is no teacher."""
-        return None
+        return ema_momentum(progress, self.config.momentum) if isinstance(self.config, TeacherConfig) else None
 
     @property
-    def student(self) -> nn.Sequential:
-        """Encoder and projector, as a teacher follows them."""
-        return nn.Sequential(self.encoder, self.projector)
+    def settles(self) -> bool:
+        """Whether `settle` does anything."""
+        return type(self).settle is not Method.settle
+
+    @property
+    def exported(self) -> Encoder:
+        """The encoder that is scored, drawn and saved for use."""
+        return self.encoder
+
+    def predict(self, z: Tensor) -> Tensor:
+        """The predictor's output of embeddings [V, B, E], of the same shape, in float32."""
+        assert self.predictor, "the config has a predictor"
+        return self.predictor(z.flatten(0, 1)).float().view_as(z)
+
+    def teach(self, views: Tensor) -> Tensor:
+        """The teacher's embeddings [V, B, E] of views [V, B, 3, S, S], in float32."""
+        assert self.teacher, "the config has a teacher's momentum"
+        return self.teacher(views.flatten(0, 1)).float().unflatten(0, views.shape[:2])
 
     def project(self, batch: Batch) -> Tensor:
-        """Embeddings [V, B, E] in float32, not normalized: all views in one forward pass through encoder and projector."""
-        (views,) = batch.views
-        return self.project_views(views, batch.samples)
+        """The projector's embeddings [V, B, E] in float32; views of one size go through encoder and projector at once."""
+        return torch.cat([self.project_views(views, batch.samples, first) for views, first in numbered(batch.views)])
 
-    def project_views(self, views: Tensor, samples: Samples) -> Tensor:
-        """As `project`, of views [V, B, 3, S, S], which are the first V of these samples."""
-        keys = torch.cat([self.keys(samples, view) for view in range(len(views))])
+    def project_views(self, views: Tensor, samples: Samples, first: int = 0) -> Tensor:
+        """As `project`, of views [V, B, 3, S, S] of one size, which are numbered from `first`."""
+        keys = torch.cat([self.keys(samples, view) for view in range(first, first + len(views))])
         features = self.dropout(self.encoder(views.flatten(0, 1), keys), keys)
         return self.projector(features).float().unflatten(0, views.shape[:2])
 
     def keys(self, samples: Samples, view: int) -> Tensor:
         """int64 [B]: what keys everything random about a view of these samples."""
         return sample_keys(self.seed, samples.epoch, samples.indices, view)
+
+
+def numbered(views: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+    """The tensors of a batch's views, each with the number of its first view among all."""
+    firsts = itertools.accumulate(map(len, views), initial=0)
+    return list(zip(views, firsts, strict=False))

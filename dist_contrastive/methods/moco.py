@@ -11,18 +11,18 @@ from torch.nn import functional as F
 
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch, Samples, balanced_slices
-from dist_contrastive.config import MethodConfig, require, require_momentum, require_positive
+from dist_contrastive.config import TeacherConfig, require, require_positive
 from dist_contrastive.losses.infonce import queue_nce
 from dist_contrastive.losses.statistics import positive_cosine
 from dist_contrastive.methods.base import Embeddings, Losses, Method, MethodSettings, Report
-from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.rng import Stream, fold
+from dist_contrastive.schedules import Clock
 
 QUERY, KEY = 0, 1  # the views
 
 
 @dataclass(frozen=True)
-class MoCoConfig(MethodConfig):
+class MoCoConfig(TeacherConfig):
     """Defaults of MoCo v2 and the authors' code (moco-k, moco-m, moco-t of version 2); the head has a normalization between
     its two layers, which theirs has not."""
 
@@ -40,7 +40,6 @@ class MoCoConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.queue >= 1, f"--method.queue {self.queue}: give at least the global batch")
-        require_momentum("--method.momentum", self.momentum)
         require_positive("--method.temperature", self.temperature)
         require(self.norm_groups >= 1, f"--method.norm-groups {self.norm_groups}: give at least 1")
 
@@ -51,7 +50,7 @@ class MoCoConfig(MethodConfig):
             f"{max(size, self.queue // size * size)}",
         )
 
-    def remarks(self, num_train: int, num_seen: int) -> list[str]:
+    def remarks(self, num_train: int, num_seen: int, global_batch: int) -> list[str]:
         if self.queue > num_seen:
             return [
                 f"--method.queue {self.queue}: the run makes {num_seen:,} keys; the random ones it begins with stay to the end"
@@ -79,7 +78,6 @@ class MoCo(Method[MoCoConfig]):
     def __init__(self, settings: MethodSettings[MoCoConfig]) -> None:
         super().__init__(settings)
         self.norm_groups = 1 if self.norm == "group" else self.config.norm_groups
-        self.teacher = Teacher(self.student)
         rows = F.normalize(torch.randn(self.config.queue, self.config.projector.output_size), dim=1)
         self.register_buffer("queue", rows)
         self.register_buffer("queue_pointer", torch.zeros((), dtype=torch.int64))
@@ -101,7 +99,7 @@ class MoCo(Method[MoCoConfig]):
         """Keys, in groups of other samples than the queries'."""
         order = fold(self.keys(batch.samples, KEY), int(Stream.SHUFFLE)).argsort()
         images = batch.views[0][KEY][order]
-        shuffled = torch.cat([self.teacher(images[group]).float() for group in self._groups(batch)])
+        shuffled = torch.cat([self.teach(images[None, group])[0] for group in self._groups(batch)])
         key = F.normalize(torch.empty_like(shuffled).index_copy_(0, order, shuffled), dim=-1)
         return {"k": key[None]}
 
@@ -124,8 +122,8 @@ class MoCo(Method[MoCoConfig]):
     def teacher_momentum(self, progress: float) -> float:
         return self.config.momentum
 
-    def after_step(self, progress: float, embeddings: Embeddings) -> None:
-        self.teacher.follow(self.student, self.teacher_momentum(progress))
+    def after_step(self, clock: Clock, embeddings: Embeddings) -> None:
+        super().after_step(clock, embeddings)
         keys = distributed.all_gather(embeddings["k"][0])
         # On the device, which the host would have to wait for to know the pointer.
         places = torch.arange(len(keys), device=keys.device) + self.queue_pointer

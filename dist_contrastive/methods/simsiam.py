@@ -8,8 +8,7 @@ import tyro
 from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import HeadConfig, MethodConfig
 from dist_contrastive.losses.regression import cross_view_cosine
-from dist_contrastive.methods.base import Embeddings, Losses, Method, MethodSettings
-from dist_contrastive.models.heads import build_predictor
+from dist_contrastive.methods.base import Embeddings, Losses, Method
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,9 @@ class SimSiam(Method[SimSiamConfig]):
     couples_samples = False
     target = "z"  # algorithm 1
 
-    def __init__(self, settings: MethodSettings[SimSiamConfig]) -> None:
-        super().__init__(settings)
-        self.predictor = build_predictor(self.config.predictor, self.config.projector.output_size, self.norm)
-
     def embed(self, batch: Batch) -> Embeddings:
         z = self.project(batch)
-        predictions = self.predictor(z.flatten(0, 1)).float().view_as(z)
-        return {"z": z.detach(), "q": predictions}
+        return {"z": z.detach(), "q": self.predict(z)}
 
     def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
         return {"loss": -cross_view_cosine(embeddings["q"], embeddings["z"])}

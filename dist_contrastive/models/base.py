@@ -91,6 +91,13 @@ class Encoder(nn.Module):
         embedding: Any = self.body.get_submodule(self._patch_embedding)
         return int(embedding.patch_size[0])
 
+    @property
+    def width(self) -> int:
+        """How many numbers a patch's embedding has; `UserError` where there are no patches."""
+        self._patches_side("has no patches")
+        body: Any = self.body
+        return int(body.embed_dim)
+
     def grid(self, image_size: int) -> int:
         """How many patches lie along one side of an image of `image_size` pixels; `UserError` where there are no patches."""
         return image_size // self._patches_side("has no patches")

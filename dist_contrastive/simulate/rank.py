@@ -9,6 +9,7 @@ from dist_contrastive.batch import Batch
 from dist_contrastive.config import TrainConfig, require
 from dist_contrastive.launch import connect
 from dist_contrastive.methods.base import Embeddings
+from dist_contrastive.schedules import Clock
 from dist_contrastive.simulate.device import fake_cuda, pin
 from dist_contrastive.simulate.findings import Precision, Simulation
 from dist_contrastive.simulate.watch import Watch
@@ -96,9 +97,9 @@ def _note_embeddings(trainer: Trainer) -> list[int]:
     sizes: list[int] = []
     after_step = trainer.method.after_step
 
-    def note(progress: float, embeddings: Embeddings) -> None:
+    def note(clock: Clock, embeddings: Embeddings) -> None:
         sizes.append(sum(_size(x) for x in embeddings.values()))
-        after_step(progress, embeddings)
+        after_step(clock, embeddings)
 
     trainer.method.after_step = note  # type: ignore[method-assign]
     return sizes

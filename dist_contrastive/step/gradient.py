@@ -3,7 +3,8 @@
 Where the loss couples samples, micro-batches take gradient caching (Gao et al. 2021, "Scaling deep contrastive learning
 batch size under memory limited setup"): all embeddings first, without graph; the loss and its gradient at the embeddings of
 all ranks, once; then micro-batch by micro-batch a second forward pass, through which that gradient flows back. It is the
-gradient of the whole batch, not an approximation. Where the loss is a mean over samples, gradients simply add up.
+gradient of the whole batch, not an approximation. Where the loss is a mean over samples, gradients simply add up; if its targets
+have to be settled over the whole batch first (`Method.settle`), those of all micro-batches are made before the first loss.
 
 Both passes of a micro-batch see the same augmentation and dropout (functions of the sample) and the same draws of torch's
 generator (seeded by step, rank and micro-batch); teachers take part in the first pass alone. BatchNorm normalizes a
@@ -37,14 +38,17 @@ from dist_contrastive.models.batch_statistics import (
 from dist_contrastive.models.sync_norm import message_size
 from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.out_of_memory import is_out_of_memory, quote
+from dist_contrastive.schedules import Clock
 from dist_contrastive.step.memory import release_memory
-from dist_contrastive.step.replicas import Replicas
+from dist_contrastive.step.replicas import Passed, Replicas
 
 T = TypeVar("T")
 Augmentation = Callable[[Batch, torch.device], Batch]
 
 WHAT_NEEDS_LESS = "a smaller --batch.global, or a method whose negatives come from a queue (--method.queue), needs less"
 """What to do where no micro-batch fits."""
+START = Clock(step=0, steps_per_epoch=1, total_steps=1)
+"""Of a step that is only rehearsed."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,8 @@ class StepGradient:
         self._quoted = ""
         """How memory ran out on this rank: the error's text, or nothing."""
 
-    def compute(self, batch: Batch, step: int, *, logged: bool = True) -> Outcome:
-        """The gradient of the update that follows `step` others, by this rank's share `batch`, as the loader gave it.
+    def compute(self, batch: Batch, clock: Clock, *, logged: bool = True) -> Outcome:
+        """The gradient of the next update at `clock`, by this rank's share `batch`, as the loader gave it.
 
         Where the step is `logged`, its report has what costs, too.
 
@@ -99,14 +103,14 @@ class StepGradient:
         while True:
             with self.replicas.collecting():
                 try:
-                    return self._try(batch, step, logged)
+                    return self._try(batch, clock, logged)
                 except distributed.RanksFailed as failure:
                     failed = failure.ranks
                     self.replicas.discard()
             for buffer, before in zip(running_statistics(self._norms), statistics, strict=True):
                 buffer.copy_(before)
             release_memory(self._device)
-            self._halve(len(batch), step, failed)
+            self._halve(len(batch), clock.step, failed)
 
     def attempt_update(self, step: int) -> None:
         """Let the optimizer update by the gradient, after `step` other updates.
@@ -145,11 +149,11 @@ class StepGradient:
             f"samples instead of {micro}"
         )
 
-    def _try(self, batch: Batch, step: int, logged: bool) -> Outcome:
+    def _try(self, batch: Batch, clock: Clock, logged: bool) -> Outcome:
         """This rank's gradient; `RanksFailed` on all ranks where any is out of memory."""
         parts = split(len(batch), self.micro)
         # What the loss reads goes to the device at once; views go one micro-batch at a time, with their augmentation.
-        losses, embeddings = self._passes(batch, batch.samples.to(self._device), parts, step)
+        losses, embeddings = self._passes(batch, batch.samples.to(self._device), parts, clock)
         report = self._attempt(lambda: self.method.report(embeddings, logged=logged))
         return Outcome({name: loss.detach() for name, loss in losses.items()}, report, embeddings)
 
@@ -161,24 +165,24 @@ class StepGradient:
 
         return distributed.attempt(call, is_expected, self._device, message_size=self._message_size)
 
-    def _embed(self, batch: Batch, parts: Sequence[slice], number: int, step: int, *, targets: bool) -> Embeddings:
-        """Embeddings of micro-batch `number`, with targets or without; the same ones each time it is called."""
+    def _embed(self, batch: Batch, parts: Sequence[slice], number: int, step: int, what: Passed) -> Embeddings:
+        """Embeddings of micro-batch `number`, its targets, or both; the same ones each time it is called."""
         torch.manual_seed(rng.step_seed(self._seed, step, distributed.rank()) + number)
         samples = self._augmentation(batch.part(parts[number]), self._device)
-        return self.replicas.forward(samples, targets=targets)
+        return self.replicas.forward(samples, what)
 
     def _passes(
-        self, batch: Batch, samples: Samples, parts: Sequence[slice], step: int, rehearsed: int | None = None
+        self, batch: Batch, samples: Samples, parts: Sequence[slice], clock: Clock, rehearsed: int | None = None
     ) -> tuple[Losses, Embeddings]:
         """The gradient of `batch`, cut into `parts`, whose `samples` are on the device; losses and embeddings.
 
         Only the first `rehearsed` parts are passed, where that is given, and stand for the others too.
         """
         passes = self._cached if self.method.couples_samples else self._accumulated
-        return passes(batch, samples, parts, step, len(parts) if rehearsed is None else rehearsed)
+        return passes(batch, samples, parts, clock, len(parts) if rehearsed is None else rehearsed)
 
     def _cached(
-        self, batch: Batch, samples: Samples, parts: Sequence[slice], step: int, num_passes: int
+        self, batch: Batch, samples: Samples, parts: Sequence[slice], clock: Clock, num_passes: int
     ) -> tuple[Losses, Embeddings]:
         """Gradient caching. With a single micro-batch the first pass keeps its graph, and there is no second."""
         single = len(parts) == 1
@@ -191,7 +195,7 @@ class StepGradient:
                         stack.enter_context(torch.no_grad())
                         stack.enter_context(statistics_untouched(self._students_norms))
                         stack.enter_context(statistics_share(self._teachers_norms, parts, number))
-                    embeddings.append(self._embed(batch, parts, number, step, targets=True))
+                    embeddings.append(self._embed(batch, parts, number, clock.step, "both"))
             return embeddings
 
         first = self._attempt(first_pass)
@@ -199,7 +203,7 @@ class StepGradient:
         if not single:
             first.clear()
         leaves = {name: value.requires_grad_() for name, value in embeddings.items()}
-        losses = self._attempt(lambda: self._loss_gradient(leaves, samples))
+        losses = self._attempt(lambda: self._loss_gradient(leaves, samples, clock))
         embeddings = {name: value.detach() for name, value in leaves.items()}
         gradients = {name: value.grad for name, value in leaves.items()}
 
@@ -209,28 +213,39 @@ class StepGradient:
                     again = first[0]
                 else:
                     with statistics_share(self._students_norms, parts, number):
-                        again = self._embed(batch, parts, number, step, targets=False)
+                        again = self._embed(batch, parts, number, clock.step, "embeddings")
                 part = parts[number]
                 backward(again, {name: None if g is None else g[:, part] for name, g in gradients.items()})
 
         self._attempt(second_pass)
         return losses, embeddings
 
-    def _loss_gradient(self, leaves: Embeddings, samples: Samples) -> Losses:
+    def _loss_gradient(self, leaves: Embeddings, samples: Samples, clock: Clock) -> Losses:
+        with torch.no_grad():
+            self.method.settle(leaves, clock)
         losses = self.method.loss(leaves, samples)
         self.replicas.backward(losses["loss"])
         return losses
 
     def _accumulated(
-        self, batch: Batch, samples: Samples, parts: Sequence[slice], step: int, num_passes: int
+        self, batch: Batch, samples: Samples, parts: Sequence[slice], clock: Clock, num_passes: int
     ) -> tuple[Losses, Embeddings]:
         """Plain accumulation, for a loss that is a mean over samples."""
+        # With a single micro-batch, embeddings and targets are there before the loss anyhow.
+        ahead = self._settled_ahead(batch, parts, clock, num_passes) if self.method.settles and len(parts) > 1 else None
 
         def passes() -> tuple[list[Losses], list[Embeddings]]:
             all_losses, all_embeddings = [], []
             for number, part in enumerate(parts[:num_passes]):
-                with statistics_share(self._norms, parts, number):
-                    embeddings = self._embed(batch, parts, number, step, targets=True)
+                if ahead is None:
+                    with statistics_share(self._norms, parts, number):
+                        embeddings = self._embed(batch, parts, number, clock.step, "both")
+                    with torch.no_grad():
+                        self.method.settle(embeddings, clock)
+                else:
+                    with statistics_share(self._students_norms, parts, number):
+                        embeddings = self._embed(batch, parts, number, clock.step, "embeddings")
+                    embeddings |= {name: value[:, part] for name, value in ahead.items()}
                 share = (part.stop - part.start) / len(samples)
                 losses = {name: share * loss for name, loss in self.method.loss(embeddings, samples.part(part)).items()}
                 self.replicas.backward(losses["loss"])
@@ -241,6 +256,21 @@ class StepGradient:
         all_losses, all_embeddings = self._attempt(passes)
         total = {name: torch.stack([losses[name] for losses in all_losses]).sum() for name in all_losses[0]}
         return total, concatenate(all_embeddings, parts)
+
+    def _settled_ahead(self, batch: Batch, parts: Sequence[slice], clock: Clock, num_passes: int) -> Embeddings:
+        """The targets of the whole rank batch, settled."""
+
+        def make() -> list[Embeddings]:
+            made = []
+            for number in range(num_passes):
+                with torch.no_grad(), statistics_share(self._teachers_norms, parts, number):
+                    made.append(self._embed(batch, parts, number, clock.step, "targets"))
+            return made
+
+        targets = concatenate(self._attempt(make), parts)
+        with torch.no_grad():
+            self._attempt(lambda: self.method.settle(targets, clock))
+        return targets
 
     def rehearse(self, batch: Batch, rank_batch: int) -> None:
         """Do once what takes memory in a step of `rank_batch` samples with micro-batches as large as `batch`.
@@ -253,12 +283,12 @@ class StepGradient:
         of_parts = (x.to(self._device).repeat(len(parts)) for x in (batch.samples.labels, batch.samples.indices))
         labels, indices = (x[:rank_batch] for x in of_parts)
         with self._without_trace():
-            self._passes(batch, Samples(labels, indices, epoch=0), parts, 0, rehearsed=1)
+            self._passes(batch, Samples(labels, indices, epoch=0), parts, START, rehearsed=1)
 
     def embedding_bytes(self, batch: Batch) -> int:
         """Size of the embeddings of `batch` in bytes."""
         with torch.no_grad(), self._without_trace():
-            embeddings = self._attempt(lambda: self._embed(batch, split(len(batch), 0), 0, 0, targets=True))
+            embeddings = self._attempt(lambda: self._embed(batch, split(len(batch), 0), 0, 0, "both"))
         return sum(value.numel() * value.element_size() for value in embeddings.values())
 
     @contextmanager

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,9 @@ from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
 from dist_contrastive.checkpoint import Tensors, load_optimizer, optimizer_tensors
 from dist_contrastive.methods.base import Embeddings, Method
+
+Passed = Literal["embeddings", "targets", "both"]
+"""What a forward pass is asked for: what gradient flows through, what it does not, or both."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Replicas(ABC):
     device: torch.device
 
     @abstractmethod
-    def forward(self, batch: Batch, *, targets: bool) -> Embeddings:
-        """A batch's embeddings, in the precision that was launched, with its targets or without."""
+    def forward(self, batch: Batch, what: Passed) -> Embeddings:
+        """A batch's embeddings, its targets, or both, in the precision that was launched."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -116,10 +119,12 @@ class Embedder(nn.Module):
         super().__init__()
         self.method = method
 
-    def forward(self, batch: Batch | None, targets: bool = False) -> Embeddings:
-        """A batch's embeddings, with its targets or without; without a batch, a zero that depends on each trained parameter."""
+    def forward(self, batch: Batch | None, what: Passed = "both") -> Embeddings:
+        """A batch's embeddings, its targets, or both; without a batch, a zero that depends on each trained parameter."""
         if batch is not None:
-            return self.method.embed_all(batch) if targets else self.method.embed(batch)
+            method = self.method
+            passes = {"embeddings": method.embed, "targets": method.targets, "both": method.embed_all}
+            return passes[what](batch)
         zeros = [p.sum() * 0 for p in self.method.parameters() if p.requires_grad]
         return {"zero": torch.stack(zeros).sum()}
 
@@ -144,8 +149,8 @@ class DataParallel(Replicas):
         self._prepared = accelerator.prepare(optimizer)
         self._ddp.train()
 
-    def forward(self, batch: Batch, *, targets: bool) -> Embeddings:
-        embeddings: Embeddings = self._ddp(batch, targets)
+    def forward(self, batch: Batch, what: Passed) -> Embeddings:
+        embeddings: Embeddings = self._ddp(batch, what)
         return embeddings
 
     def backward(self, loss: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
 from dist_contrastive.methods.base import Embeddings, Method
-from dist_contrastive.step.replicas import Embedder, OptimizerState, Replicas
+from dist_contrastive.step.replicas import Embedder, OptimizerState, Passed, Replicas
 
 GROWTH, BACKOFF, GROWTH_INTERVAL, FIRST_SCALE = 2.0, 0.5, 2000, 65536.0
 """Of the loss scale, as torch.amp.GradScaler has them."""
@@ -48,10 +48,10 @@ class ShardedOptimizer(Replicas):
         self._zero = self._engine.optimizer
         self._zero.override_loss_scale(self._scale)
 
-    def forward(self, batch: Batch, *, targets: bool) -> Embeddings:
+    def forward(self, batch: Batch, what: Passed) -> Embeddings:
         with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
             # The engine's own forward pass would cast, and wait for gradients, in ways of its own.
-            embeddings: Embeddings = self._engine.module(batch, targets)
+            embeddings: Embeddings = self._engine.module(batch, what)
         return {name: value.float() if value.is_floating_point() else value for name, value in embeddings.items()}
 
     def backward(self, loss: Tensor) -> None:
