@@ -26,6 +26,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         photos.photos_barlow,
         photos.photos_vicreg,
         photos.photos_cpc,
+        photos.photos_dino,
         cifar10.cifar10_cpu,
         cifar10.cifar10_simclr,
         cifar10.cifar10_simclr_4096,

@@ -23,6 +23,7 @@ from dist_contrastive.config import (
 from dist_contrastive.methods.barlow import BarlowConfig
 from dist_contrastive.methods.byol import BYOLConfig
 from dist_contrastive.methods.cpc import CPCConfig
+from dist_contrastive.methods.dino import DINOConfig
 from dist_contrastive.methods.margin import MarginConfig
 from dist_contrastive.methods.moco import MoCoConfig
 from dist_contrastive.methods.mocov3 import MoCoV3Config
@@ -210,3 +211,27 @@ def photos_cpc() -> TrainConfig:
     )
     config = _method("photos_cpc", method)
     return replace(config, augment=config.augment.with_all(count=1))
+
+
+LOCAL_CROPS = ViewConfig(**{**vars(VIEW), "count": 4, "size": 16, "crop_scale": (0.05, 0.25)})
+DISTILLING_HEAD = HeadConfig(layers=3, hidden_size=256, output_size=64, activation="gelu", hidden_norm=False)
+
+
+def photos_dino() -> TrainConfig:
+    """DINO, 2 views of 32 and 4 of 16 pixels.
+
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_dino
+    Cost:     unknown, 2 cores; 14 epochs.
+    Expected: unknown; not measured yet.
+    Source:   Caron et al. 2021; fewer prototypes, and momentum and temperature for some hundred steps.
+    """
+    method = DINOConfig(
+        projector=DISTILLING_HEAD,
+        prototypes=1024,
+        momentum=0.95,
+        teacher_temperature=0.05,
+        teacher_temperature_epochs=3.0,
+    )
+    config = _method("photos_dino", method)
+    whole, *_ = config.augment.groups
+    return replace(config, augment=replace(config.augment, groups=(whole, LOCAL_CROPS)))
