@@ -27,6 +27,9 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         photos.photos_vicreg,
         photos.photos_cpc,
         photos.photos_dino,
+        photos.photos_ibot,
+        photos.photos_dinov2,
+        photos.photos_swav,
         cifar10.cifar10_cpu,
         cifar10.cifar10_simclr,
         cifar10.cifar10_simclr_4096,
@@ -42,7 +45,15 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         cifar10.cifar10_barlow,
         cifar10.cifar10_vicreg,
         cifar10.cifar10_cpc,
+        cifar10.cifar10_dino,
+        cifar10.cifar10_ibot,
+        cifar10.cifar10_dinov2,
+        cifar10.cifar10_swav,
         imagenet.imagenet_simclr_4096,
+        imagenet.imagenet_dino,
+        imagenet.imagenet_ibot,
+        imagenet.imagenet_dinov2,
+        imagenet.imagenet_swav,
     )
 }
 DEFAULT_RECIPE = "photos"

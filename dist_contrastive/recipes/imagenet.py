@@ -1,5 +1,6 @@
 """Recipes on ImageNet-1k, packed with `python -m dist_contrastive.pack folder:DIR data/imagenet.beton`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from dist_contrastive.config import (
@@ -8,12 +9,17 @@ from dist_contrastive.config import (
     DataConfig,
     EncoderConfig,
     HeadConfig,
+    MethodConfig,
     OptimConfig,
     ProbeConfig,
     TrainConfig,
     ViewConfig,
 )  # fmt: skip
+from dist_contrastive.methods.dino import DINOConfig
+from dist_contrastive.methods.dinov2 import DINOv2Config
+from dist_contrastive.methods.ibot import IBOTConfig
 from dist_contrastive.methods.simclr import SimCLRConfig
+from dist_contrastive.methods.swav import SwAVConfig
 
 
 def imagenet_simclr_4096() -> TrainConfig:
@@ -38,4 +44,103 @@ def imagenet_simclr_4096() -> TrainConfig:
         batch=BatchConfig(size=4096),
         optim=OptimConfig(name="lars", learning_rate=0.3, weight_decay=1e-6, warmup_epochs=10),
         probe=ProbeConfig(every=10),
+    )
+
+
+def _multi_crop(
+    recipe: str, method: MethodConfig, *, epochs: int, scale: float, crops: int, encoder: EncoderConfig
+) -> TrainConfig:
+    """What DINO, iBOT and DINOv2 share: two unlike views of 224 pixels of at least `scale` of an image, and smaller crops of at
+    most that much."""
+    view = ViewConfig(crop_scale=(scale, 1.0), saturation=0.2, blur=1.0)
+    local = replace(view, count=crops, size=96, crop_scale=(0.05, scale), blur=0.5)
+    base = imagenet_simclr_4096()
+    return replace(
+        base,
+        recipe=recipe,
+        run_dir=Path("runs") / recipe,
+        epochs=epochs,
+        method=method,
+        augment=AugmentConfig((view, replace(view, blur=0.1, solarize=0.2), local)),
+        encoder=encoder,
+        batch=BatchConfig(size=1024),
+        optim=OptimConfig(learning_rate=5e-4, weight_decay=0.04, weight_decay_end=0.4, warmup_epochs=10, clip_norm=3.0),
+    )
+
+
+def imagenet_dino() -> TrainConfig:
+    """DINO, ViT-S/16, batch 1024.
+
+    Two views of 224 pixels and eight of 96.
+
+    Command:  accelerate launch --config_file launch_configs/node_8gpu.yaml -m dist_contrastive.train imagenet_dino
+    Cost:     unknown, 8 GPUs; 100 epochs, 1.75 days on 8 V100 by the authors.
+    Expected: linear 0.740, kNN 0.693; the authors' at 100 epochs.
+    Source:   the authors' command for ViT-S at 100 epochs; the whole gradient is clipped, not each parameter's, and
+              prototypes have unit length.
+    """
+    method = DINOConfig(teacher_temperature=0.04, teacher_temperature_epochs=0.0)
+    encoder = EncoderConfig(name="vit_small_patch16_224", norm="group", drop_path=0.1)
+    return _multi_crop("imagenet_dino", method, epochs=100, scale=0.4, crops=8, encoder=encoder)
+
+
+def imagenet_ibot() -> TrainConfig:
+    """iBOT, ViT-S/16, batch 1024.
+
+    Two views of 224 pixels and ten of 96.
+
+    Command:  accelerate launch --config_file launch_configs/node_8gpu.yaml -m dist_contrastive.train imagenet_ibot
+    Cost:     unknown, 8 GPUs; 800 epochs.
+    Expected: linear 0.779, kNN 0.752; the paper's, table 1.
+    Source:   the authors' command for ViT-S/16; the whole gradient is clipped, not each parameter's, and prototypes have unit
+              length.
+    """
+    encoder = EncoderConfig(name="vit_small_patch16_224", norm="group", drop_path=0.1)
+    return _multi_crop("imagenet_ibot", IBOTConfig(), epochs=800, scale=0.25, crops=10, encoder=encoder)
+
+
+def imagenet_dinov2() -> TrainConfig:
+    """DINOv2, ViT-L/16, batch 2048.
+
+    Two views of 224 pixels and eight of 96.
+
+    Command:  accelerate launch --config_file launch_configs/multi_node.yaml -m dist_contrastive.train imagenet_dinov2
+    Cost:     unknown, 32 GPUs; 100 epochs, about a day on 32 A100 by the authors.
+    Expected: linear 0.829, kNN 0.816; the authors' short schedule.
+    Source:   the authors' short schedule (vitl16_short.yaml), whose rate is 0.004 · √(batch / 1024); without its smaller rate for
+              the patch embedding, with crops of 96 pixels instead of 98.
+    """
+    encoder = EncoderConfig(name="vit_large_patch16_224", norm="group", drop_path=0.3)
+    method = DINOv2Config(prototypes=65536, patch_prototypes=65536)
+    config = _multi_crop("imagenet_dinov2", method, epochs=100, scale=0.32, crops=8, encoder=encoder)
+    optim = OptimConfig(
+        learning_rate=7.07e-4,
+        weight_decay=0.04,
+        weight_decay_end=0.2,
+        warmup_epochs=10,
+        clip_norm=3.0,
+        layer_decay=0.9,
+    )
+    return replace(config, batch=BatchConfig(size=2048), optim=optim)
+
+
+def imagenet_swav() -> TrainConfig:
+    """SwAV, ResNet-50, batch 4096.
+
+    Two views of 224 pixels and six of 96.
+
+    Command:  accelerate launch --config_file launch_configs/multi_node.yaml -m dist_contrastive.train imagenet_swav
+    Cost:     unknown, 64 GPUs; 800 epochs.
+    Expected: linear 0.753; the paper's, table 1.
+    Source:   the paper, appendix A, and the authors' code (LARS, 4.8 at 4,096, weight decay 1e-6, 3,000 prototypes).
+    """
+    base = imagenet_simclr_4096()
+    view = ViewConfig(count=2, crop_scale=(0.14, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur=0.5)
+    return replace(
+        base,
+        recipe="imagenet_swav",
+        run_dir=Path("runs/imagenet_swav"),
+        epochs=800,
+        method=SwAVConfig(),
+        augment=AugmentConfig((view, replace(view, count=6, size=96, crop_scale=(0.05, 0.14)))),
     )

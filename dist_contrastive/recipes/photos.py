@@ -24,14 +24,18 @@ from dist_contrastive.methods.barlow import BarlowConfig
 from dist_contrastive.methods.byol import BYOLConfig
 from dist_contrastive.methods.cpc import CPCConfig
 from dist_contrastive.methods.dino import DINOConfig
+from dist_contrastive.methods.dinov2 import DINOv2Config
+from dist_contrastive.methods.ibot import IBOTConfig
 from dist_contrastive.methods.margin import MarginConfig
 from dist_contrastive.methods.moco import MoCoConfig
 from dist_contrastive.methods.mocov3 import MoCoV3Config
 from dist_contrastive.methods.simclr import SimCLRConfig
 from dist_contrastive.methods.simsiam import SimSiamConfig
+from dist_contrastive.methods.swav import SwAVConfig
 from dist_contrastive.methods.vicreg import VICRegConfig
 
 PROJECTOR = HeadConfig(layers=2, hidden_size=256, output_size=128)
+DISTILLING_HEAD = HeadConfig(layers=3, hidden_size=256, output_size=64, activation="gelu", hidden_norm=False)
 VIEW = ViewConfig(
     crop_scale=(0.25, 1.0),
     jitter=0.5,
@@ -42,6 +46,7 @@ VIEW = ViewConfig(
     grayscale=0.0,
     blur=0.0,
 )
+LOCAL_CROPS = replace(VIEW, count=4, size=16, crop_scale=(0.05, 0.25))
 
 
 def photos() -> TrainConfig:
@@ -213,12 +218,17 @@ def photos_cpc() -> TrainConfig:
     return replace(config, augment=config.augment.with_all(count=1))
 
 
-LOCAL_CROPS = ViewConfig(**{**vars(VIEW), "count": 4, "size": 16, "crop_scale": (0.05, 0.25)})
-DISTILLING_HEAD = HeadConfig(layers=3, hidden_size=256, output_size=64, activation="gelu", hidden_norm=False)
+def _multi_crop(recipe: str, method: MethodConfig, encoder: str = "resnet10_w16") -> TrainConfig:
+    """The demonstration with another method, and with four views of half the side beside its two."""
+    config = _method(recipe, method)
+    augment = replace(config.augment, groups=(*config.augment.groups, LOCAL_CROPS))
+    return replace(config, augment=augment, encoder=EncoderConfig(name=encoder))
 
 
 def photos_dino() -> TrainConfig:
-    """DINO, 2 views of 32 and 4 of 16 pixels.
+    """DINO, multi-crop.
+
+    Two views of 32 pixels and four of 16.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_dino
     Cost:     unknown, 2 cores; 14 epochs.
@@ -232,6 +242,58 @@ def photos_dino() -> TrainConfig:
         teacher_temperature=0.05,
         teacher_temperature_epochs=3.0,
     )
-    config = _method("photos_dino", method)
-    whole, *_ = config.augment.groups
-    return replace(config, augment=replace(config.augment, groups=(whole, LOCAL_CROPS)))
+    return _multi_crop("photos_dino", method)
+
+
+def photos_ibot() -> TrainConfig:
+    """iBOT, a small ViT.
+
+    Patches of 4 pixels; two views of 32 pixels and four of 16.
+
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_ibot
+    Cost:     unknown, 2 cores; 14 epochs.
+    Expected: unknown; not measured yet.
+    Source:   Zhou et al. 2022; fewer prototypes, and momentum and temperature for some hundred steps.
+    """
+    method = IBOTConfig(
+        projector=DISTILLING_HEAD,
+        prototypes=1024,
+        momentum=0.95,
+        teacher_temperature=0.05,
+        teacher_temperature_epochs=3.0,
+    )
+    return _multi_crop("photos_ibot", method, "vit_w96_d4")
+
+
+def photos_dinov2() -> TrainConfig:
+    """DINOv2, a small ViT.
+
+    Patches of 4 pixels; two views of 32 pixels and four of 16.
+
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_dinov2
+    Cost:     unknown, 2 cores; 14 epochs.
+    Expected: unknown; not measured yet.
+    Source:   Oquab et al. 2023; fewer prototypes, and momentum and temperature for some hundred steps.
+    """
+    method = DINOv2Config(
+        projector=DISTILLING_HEAD,
+        prototypes=1024,
+        patch_prototypes=1024,
+        momentum=0.95,
+        teacher_temperature=0.05,
+        teacher_temperature_epochs=3.0,
+    )
+    return _multi_crop("photos_dinov2", method, "vit_w96_d4")
+
+
+def photos_swav() -> TrainConfig:
+    """SwAV, multi-crop.
+
+    Two views of 32 pixels and four of 16; as many prototypes as a step has samples.
+
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_swav
+    Cost:     unknown, 2 cores; 14 epochs.
+    Expected: unknown; not measured yet.
+    Source:   Caron et al. 2020; 256 prototypes, without a queue.
+    """
+    return _multi_crop("photos_swav", SwAVConfig(projector=PROJECTOR, prototypes=256))
