@@ -107,14 +107,16 @@ def _watched(method: Method) -> Iterator[None]:
 def _describe(config: TrainConfig, problem: Exception) -> str:
     """One line that says what does not fit, and what would."""
     size, name = config.data.image_size, config.encoder.name
-    if isinstance(problem, _Unseen) and problem.size == size:
+    sizes = [of_size.size for of_size in config.augment.layout(size)]
+    if isinstance(problem, _Unseen) and problem.size in (size, *sizes):
+        size = problem.size
         patch, stride = problem.patch, problem.stride
         below = patch + (size - patch) // stride * stride
         fits = f"{below} or {below + stride}" if below >= patch else f"such as {patch}"
-        sizes = f"a multiple of {patch}" if patch == stride else f"{patch} and any number of times {stride} more"
+        multiples = f"a multiple of {patch}" if patch == stride else f"{patch} and any number of times {stride} more"
         return (
-            f"--data.image-size {size}: {name} cuts images into patches of {patch} pixels and would never see the rest; give "
-            f"{sizes}, {fits}"
+            f"{config.size_option(size)}: {name} cuts images into patches of {patch} pixels and would never see the rest; give "
+            f"{multiples}, {fits}"
         )
     if isinstance(problem, _Unseen):
         return (
@@ -122,6 +124,11 @@ def _describe(config: TrainConfig, problem: Exception) -> str:
             f"patches of {problem.patch} pixels and would never see the rest; choose another encoder"
         )
     reason = (str(problem).strip() or type(problem).__name__).splitlines()[0].rstrip(".")
+    if len(sizes) > 1 and _fits(replace(config, augment=config.augment.of_first_size(size))):
+        return (
+            f"{config.size_option(sizes[1])}: {name}, built for images of {size} pixels, can't be trained on others "
+            f"({reason}); choose another --encoder.name, or leave out the smaller views with --augment.count 0 for their group"
+        )
     fits = " or ".join(str(other) for other in _sizes_that_fit(config))
     advice = f"give {fits}" if fits else "choose another --encoder.name"
     return f"--data.image-size {size}: {name} can't be trained on such images with {config.method.name} ({reason}); {advice}"
@@ -136,13 +143,18 @@ def _sizes_that_fit(config: TrainConfig) -> list[int]:
         multiples.add(pretrained.input_size[-1])
 
     def fits(other: int) -> bool:
-        try:
-            _try(replace(config, data=replace(config.data, image_size=other)), "meta")
-        except Exception:  # whatever a library says of sizes that it can't take
-            return False
-        return True
+        return _fits(replace(config, data=replace(config.data, image_size=other)))
 
     below = (other for other in sorted(multiples, reverse=True) if 0 < other < size)
     above = (other for other in sorted(multiples) if other > size)
     found = (next(filter(fits, others), None) for others in (below, above))
     return [other for other in found if other is not None]
+
+
+def _fits(config: TrainConfig) -> bool:
+    """Whether it can be trained, as far as shapes tell."""
+    try:
+        _try(config, "meta")
+    except Exception:  # whatever a library says of sizes that it can't take
+        return False
+    return True

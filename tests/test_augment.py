@@ -219,10 +219,10 @@ UNLIKE = AugmentConfig(
         ViewConfig(flip=0.3, jitter=1.0, brightness=0.9, hue=0.0, blur=1.0, blur_sigma=(0.1, 0.3)),
         ViewConfig(count=2, jitter=0.9, contrast=0.0, saturation=0.0, hue=0.4, blur=0.7, blur_sigma=(1.0, 3.0)),
         ViewConfig(
-            jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, solarize=0.8, solarize_threshold=0.2
+            jitter=1.0, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, solarize=0.8, solarize_threshold=0.21
         ),
         ViewConfig(count=0),
-        ViewConfig(grayscale=0.9, solarize=0.9, solarize_threshold=0.7),
+        ViewConfig(grayscale=0.9, solarize=0.9, solarize_threshold=0.71),
     ),
     **PLAIN,
 )

@@ -77,8 +77,9 @@ def test_the_walk_gives_the_engines_gradients_and_its_peak(name: str, norm: Any,
     for parameter, gradient in gradients.items():
         np.testing.assert_array_equal(walked[parameter], gradient, err_msg=parameter)
     # A few numbers a channel or a scalar may be let go a node earlier or later.
-    # SyncBatchNorm's statistics, a few numbers a channel, are let go at another moment.
-    assert walked_peak == pytest.approx(peak, rel=1e-3 if norm == "sync" else 0, abs=0)
+    # SyncBatchNorm's statistics and a mask token's gradient, a few numbers a channel, are let go at another moment.
+    loose = norm == "sync" or METHODS[name].needs_patches
+    assert walked_peak == pytest.approx(peak, rel=1e-3 if loose else 0, abs=0)
 
 
 def test_the_walk_takes_gradients_of_inputs_and_adds_to_those_that_are_there() -> None:

@@ -75,7 +75,7 @@ def imagenet_dino() -> TrainConfig:
 
     Command:  accelerate launch --config_file launch_configs/node_8gpu.yaml -m dist_contrastive.train imagenet_dino
     Cost:     unknown, 8 GPUs; 100 epochs, 1.75 days on 8 V100 by the authors.
-    Expected: linear 0.740, kNN 0.693; the authors' at 100 epochs.
+    Expected: linear 0.740; the authors' at 100 epochs, with kNN 0.693.
     Source:   the authors' command for ViT-S at 100 epochs; the whole gradient is clipped, not each parameter's, and
               prototypes have unit length.
     """
@@ -91,7 +91,7 @@ def imagenet_ibot() -> TrainConfig:
 
     Command:  accelerate launch --config_file launch_configs/node_8gpu.yaml -m dist_contrastive.train imagenet_ibot
     Cost:     unknown, 8 GPUs; 800 epochs.
-    Expected: linear 0.779, kNN 0.752; the paper's, table 1.
+    Expected: linear 0.779; the paper's, table 1, with kNN 0.752.
     Source:   the authors' command for ViT-S/16; the whole gradient is clipped, not each parameter's, and prototypes have unit
               length.
     """
@@ -106,7 +106,7 @@ def imagenet_dinov2() -> TrainConfig:
 
     Command:  accelerate launch --config_file launch_configs/multi_node.yaml -m dist_contrastive.train imagenet_dinov2
     Cost:     unknown, 32 GPUs; 100 epochs, about a day on 32 A100 by the authors.
-    Expected: linear 0.829, kNN 0.816; the authors' short schedule.
+    Expected: linear 0.829; the authors' short schedule, with kNN 0.816.
     Source:   the authors' short schedule (vitl16_short.yaml), whose rate is 0.004 · √(batch / 1024); without its smaller rate for
               the patch embedding, with crops of 96 pixels instead of 98.
     """
