@@ -340,7 +340,7 @@ def _vit(recipe: str, method: MethodConfig) -> TrainConfig:
 
 
 def cifar10_ibot() -> TrainConfig:
-    """iBOT, ViT-S of 4-pixel patches.
+    """iBOT, ViT-S/4.
 
     Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_ibot
     Cost:     unknown, 1 GPU; 200 epochs of a ViT-S with 64 patches.
@@ -351,7 +351,7 @@ def cifar10_ibot() -> TrainConfig:
 
 
 def cifar10_dinov2() -> TrainConfig:
-    """DINOv2, ViT-S of 4-pixel patches.
+    """DINOv2, ViT-S/4.
 
     Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_dinov2
     Cost:     unknown, 1 GPU; 200 epochs of a ViT-S with 64 patches.
