@@ -165,6 +165,8 @@ class Run:
         self.saving = Cadence.of_checkpoints(config.checkpoint)
         self.is_warm = False
         """Whether this process has done a step."""
+        self.is_alarmed = False
+        """Whether this process has said that the run goes wrong."""
 
     def begin(self, start: Literal["fresh", "resume"]) -> None:
         """Take over the newest checkpoint that verifies, or else the weights to start from; then claim the folder."""
@@ -320,6 +322,7 @@ class Run:
             self.folder.status.step = step
         is_logged = self.trainer.is_logged(step)
         if is_logged:
+            self._sound_alarm(values)
             values = {**values, **self.timer.read()}
         if self.folder and self.metrics and not self.unwritten:
             try:
@@ -330,6 +333,14 @@ class Run:
                 self.unwritten = error
                 self.trainer.interrupt()
         return values if is_logged else None
+
+    def _sound_alarm(self, values: dict[str, float]) -> None:
+        """Say once, of a step that goes wrong, what the method says of it."""
+        clock = self.trainer.clock
+        text = "" if self.is_alarmed else self.trainer.method.alarm(values, clock)
+        if text:
+            self.progress.say(f"warning: step {clock.step}: {text}")
+            self.is_alarmed = True
 
     def save_where_due(self) -> None:
         """Checkpoint in mid-epoch; at its end there is more to do first (`end_epoch`)."""

@@ -1,6 +1,10 @@
 """DINO: its loss, its centering over all ranks, its schedules, and multi-crop."""
 
+import contextlib
+import io
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,12 +13,14 @@ import torch
 from torch import Tensor
 
 from dist_contrastive import distributed
-from dist_contrastive.config import EncoderConfig, HeadConfig, OptimConfig
+from dist_contrastive.config import EncoderConfig, HeadConfig, OptimConfig, TrainConfig
 from dist_contrastive.methods.dino import DINO, DINOConfig
 from dist_contrastive.models.centering import MeanCentering
 from dist_contrastive.optim import build_optimizer, set_rates
+from dist_contrastive.run import train
 from dist_contrastive.schedules import Clock
 from tests.harness import run_ranks
+from tests.runs import tiny_config, write_dataset
 from tests.steps import build_from, clock_at, gradient_of, share_of_batch, step_gradient
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
@@ -150,3 +156,29 @@ def test_uniform_targets_are_reported_as_the_logarithm_of_the_prototypes() -> No
     uniform = method.report(embeddings, logged=True)
     assert uniform["target_entropy"].item() == pytest.approx(math.log(13), abs=1e-4)
     assert "target_entropy" not in method.report(embeddings, logged=False)
+
+
+def test_collapse_is_told_from_health_and_from_the_first_epoch() -> None:
+    largest, later = math.log(13), clock_at(step=20)
+    uniform = {"target_entropy": 0.995 * largest, "mean_target_entropy": largest}
+    single = {"target_entropy": 0.01, "mean_target_entropy": 0.01}
+    healthy = {"target_entropy": 0.4 * largest, "mean_target_entropy": 0.9 * largest}
+    method = dino()
+    assert method.alarm(uniform, later).startswith("all targets are uniform (entropy 2.55 of ln 13 = 2.56)")
+    assert method.alarm(single, later).startswith("one prototype has nearly all samples")
+    assert method.alarm(healthy, later) == ""
+    assert method.alarm(uniform, clock_at(step=9)) == ""
+
+
+def what_is_said(rank: int, config: TrainConfig) -> str:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        train(config)
+    return output.getvalue()
+
+
+def test_a_run_without_sharpening_says_once_that_its_targets_are_uniform(tmp_path: Path) -> None:
+    method = replace(CONFIG, teacher_temperature=1000.0, teacher_temperature_start=1000.0)
+    config = tiny_config(tmp_path / "run", write_dataset(tmp_path), epochs=2, method=method)
+    (said,) = run_ranks(what_is_said, 1, config)
+    assert said.count("warning: step 6: all targets are uniform") == said.count("warning") == 1

@@ -2,7 +2,7 @@
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar, get_args, get_origin
 
@@ -141,6 +141,10 @@ class Method(nn.Module, ABC, Generic[ConfigT]):
             num_samples = max(1, MAX_SPECTRUM_ROWS // (rows_of_sample * distributed.world_size()))
             report["effective_rank"] = effective_rank(distributed.all_gather(z[:, :num_samples].flatten(0, -2)))
         return report
+
+    def alarm(self, values: Mapping[str, float], clock: Clock) -> str:
+        """What is to be said of a logged step's losses and report, means over ranks, where the run goes wrong; else nothing."""
+        return ""
 
     def groups_of_norm(self, num_samples: int) -> int:
         """In how many groups BatchNorm sees the samples of a forward pass of `num_samples`."""

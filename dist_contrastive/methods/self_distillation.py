@@ -1,7 +1,7 @@
 """Self-distillation: a student's assignments to prototypes look for a teacher's. What DINO, iBOT and DINOv2 share."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -12,7 +12,7 @@ from dist_contrastive.config import HeadConfig, TeacherConfig, require, require_
 from dist_contrastive.losses.prototypes import assignment_entropies, other_views, prototype_cross_entropy
 from dist_contrastive.methods.base import Embeddings, Losses, Method, MethodSettings, Report
 from dist_contrastive.models.base import Encoder
-from dist_contrastive.models.centering import Centering
+from dist_contrastive.models.centering import Centering, describe_collapse
 from dist_contrastive.models.heads import PrototypeHead, build_head
 from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.schedules import Clock, linear
@@ -140,6 +140,11 @@ class SelfDistillation(Method[SelfDistillationT], Generic[SelfDistillationT]):
                 temperature=self.target_temperature,
             )
         return report
+
+    def alarm(self, values: Mapping[str, float], clock: Clock) -> str:
+        if clock.epoch < 1:  # at first the encoder tells nothing apart yet
+            return ""
+        return describe_collapse(values["target_entropy"], values["mean_target_entropy"], self.config.prototypes)
 
     def after_step(self, clock: Clock, embeddings: Embeddings) -> None:
         # By the teacher that made these targets, before it moves.

@@ -1,7 +1,7 @@
 """SwAV (Caron et al. 2020, "Unsupervised learning of visual features by contrasting cluster assignments")."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from dist_contrastive.batch import Batch, Samples, balanced_slices
 from dist_contrastive.config import HeadConfig, MethodConfig, require, require_positive
 from dist_contrastive.losses.prototypes import assignment_entropies, other_views, prototype_cross_entropy
 from dist_contrastive.methods.base import Embeddings, Losses, Method, MethodSettings, Report
-from dist_contrastive.models.centering import SinkhornKnopp
+from dist_contrastive.models.centering import SinkhornKnopp, describe_collapse
 from dist_contrastive.models.heads import PrototypeHead
 from dist_contrastive.schedules import Clock
 
@@ -152,6 +152,11 @@ class SwAV(Method[SwAVConfig]):
                 temperature=self.config.epsilon,
             )
         return report
+
+    def alarm(self, values: Mapping[str, float], clock: Clock) -> str:
+        if clock.epoch < 1:  # at first the encoder tells nothing apart yet
+            return ""
+        return describe_collapse(values["target_entropy"], values["mean_target_entropy"], self.config.prototypes)
 
     def after_step(self, clock: Clock, embeddings: Embeddings) -> None:
         steps = self.queued(clock)

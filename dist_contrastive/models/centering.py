@@ -1,5 +1,6 @@
 """What keeps a teacher's assignments to prototypes from collapsing: a bias on its logits, found over the samples of all ranks."""
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -72,3 +73,23 @@ class SinkhornKnopp(Centering):
         self.bias = sinkhorn_bias(
             targets, prototypes, temperature=temperature, iterations=self.iterations, weights=weights
         )
+
+
+UNIFORM, SINGLE = 0.99, 0.02
+"""From which share of ln K the entropy of targets, and up to which that of their mean, is taken for a collapse."""
+
+
+def describe_collapse(entropy: float, entropy_of_mean: float, num_prototypes: int) -> str:
+    """What is to be said where targets of these entropies, in nats, hold nothing to learn; else nothing."""
+    largest = math.log(num_prototypes)
+    if entropy > UNIFORM * largest:
+        return (
+            f"all targets are uniform (entropy {entropy:.2f} of ln {num_prototypes} = {largest:.2f}): nothing can be learnt from "
+            "them; a lower temperature of the targets, a larger momentum of the teacher or a smaller learning rate may help"
+        )
+    if entropy_of_mean < SINGLE * largest:
+        return (
+            f"one prototype has nearly all samples (entropy of the mean target {entropy_of_mean:.2f} of {largest:.2f}): nothing "
+            "can be learnt from them; is centering on, and are samples shuffled?"
+        )
+    return ""
