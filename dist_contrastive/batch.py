@@ -42,13 +42,16 @@ class Batch:
     """One tensor for each size of views, of V views of S pixels a side: uint8 [V, B, S, S, 3] as the loader cropped them,
     float32 [V, B, 3, S, S] once augmented."""
     samples: Samples
+    text: Tensor | None = None
+    """int64 [B, L]: a caption of each sample as L token ids; None where the dataset has no captions."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def part(self, part: slice) -> "Batch":
         """Some of its samples, all their views."""
-        return Batch(tuple(views[:, part] for views in self.views), self.samples.part(part))
+        text = None if self.text is None else self.text[part]
+        return Batch(tuple(views[:, part] for views in self.views), self.samples.part(part), text)
 
 
 @dataclass(frozen=True)

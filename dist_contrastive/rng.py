@@ -33,6 +33,7 @@ class Stream(IntEnum):
     SOLARIZE = 0x600
     SHUFFLE = 0x700
     MASK = 0x800
+    CAPTION = 0x900
     DROPOUT = 0x10000
     SPLIT = 0x20000
     DROP_PATH = 0x30000
@@ -72,6 +73,11 @@ def unit(key):
 
 
 unit_jit = numba.njit(unit, inline="always")
+
+
+def below(key, bound):
+    """An integer in [0, `bound`) from the top 24 bits of `key`; `bound` is up to 2**24, and may differ for each key."""
+    return (((key >> 40) & 0xFFFFFF) * bound) >> 24
 
 
 def sample_keys(seed: int, epoch: int, indices: Tensor, view: int) -> Tensor:

@@ -27,14 +27,14 @@ from tyro.conf import Positional
 from dist_contrastive.atomic import sync_folder, write_atomic
 from dist_contrastive.cli import main_guard, parse
 from dist_contrastive.config import UserError, require
-from dist_contrastive.data.format import Manifest, find_manifest, manifest_path, pack_again
+from dist_contrastive.data.format import Manifest, captions_path, find_manifest, manifest_path, pack_again
 
 PROG = "python -m dist_contrastive.stage"
 BLOCK_BYTES = 1 << 23
 STALL_S = 300.0
 """How long somebody else's copy may stand still until it is no longer waited for."""
 SUM_DIGITS = 12
-"""Of a dataset's SHA-256, how many are part of its copy's name."""
+"""Of a dataset's identity, how many are part of its copy's name."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def stage(file: Path, folder: Path) -> Path:
     `UserError` where `file` is no whole dataset.
     """
     manifest = find_manifest(file)
-    copy = folder.absolute() / f"{file.stem}-{manifest.sha256[:SUM_DIGITS]}{file.suffix}"
+    copy = folder.absolute() / f"{file.stem}-{manifest.identity[:SUM_DIGITS]}{file.suffix}"
     partial = copy.with_name(f".{copy.name}.incomplete")
     start = time.monotonic()
     try:
@@ -61,14 +61,14 @@ def stage(file: Path, folder: Path) -> Path:
         with _lock(copy.with_name(f".{copy.name}.lock"), partial):
             if not _holds(copy, manifest):
                 free = shutil.disk_usage(folder).free
-                if free < manifest.num_bytes:
+                if free < manifest.total_bytes:
                     raise OSError(f"{free / 1e9:.1f} GB are free")
                 _copy(file, copy, partial, manifest)
-                _say(f"copied {manifest.num_bytes / 1e9:.1f} GB to {copy} in {time.monotonic() - start:.0f} s")
+                _say(f"copied {manifest.total_bytes / 1e9:.1f} GB to {copy} in {time.monotonic() - start:.0f} s")
     except OSError as error:
         reason = error.strerror or error
         _say(
-            f"{folder} can't hold a copy of {file} ({manifest.num_bytes / 1e9:.1f} GB): {reason}; it is read where it is"
+            f"{folder} can't hold a copy of {file} ({manifest.total_bytes / 1e9:.1f} GB): {reason}; it is read where it is"
         )
         return file.absolute()
     return copy
@@ -106,11 +106,20 @@ def _holds(copy: Path, manifest: Manifest) -> bool:
 
 
 def _copy(file: Path, copy: Path, partial: Path, manifest: Manifest) -> None:
-    """Write `copy` and then its manifest, each whole or not at all.
+    """Write `copy`, its captions if it has any and then its manifest, each whole or not at all.
 
     `UserError` where `file` can't be read, or is not what its manifest says; OSError where the copy can't be written.
     """
     manifest_path(copy).unlink(missing_ok=True)
+    if manifest.captions is not None:
+        _copy_file(captions_path(file), captions_path(copy), partial, manifest.captions.sha256, file)
+    _copy_file(file, copy, partial, manifest.sha256, file)
+    sync_folder(copy.parent)
+    write_atomic(manifest_path(copy), manifest.to_json().encode())
+
+
+def _copy_file(file: Path, copy: Path, partial: Path, sha256: str, dataset: Path) -> None:
+    """Write `copy` of a file of `dataset` whose checksum is known, by way of `partial`."""
     found = hashlib.sha256()
     try:
         with _opened(file) as source, open(partial, "wb") as target:
@@ -120,14 +129,12 @@ def _copy(file: Path, copy: Path, partial: Path, manifest: Manifest) -> None:
             target.flush()
             os.fsync(target.fileno())
         require(
-            found.hexdigest() == manifest.sha256,
-            f"{file} is not what its manifest says (its SHA-256 differs); {pack_again(file)}",
+            found.hexdigest() == sha256,
+            f"{file} is not what its manifest says (its SHA-256 differs); {pack_again(dataset)}",
         )
         partial.rename(copy)
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(copy.parent)
-    write_atomic(manifest_path(copy), manifest.to_json().encode())
 
 
 def _opened(file: Path) -> BinaryIO:

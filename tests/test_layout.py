@@ -27,7 +27,7 @@ LEVELS = {
 ENTRY_POINTS = 5
 
 # Packages that an installation may lack; these may be imported where they are used.
-OPTIONAL = {"deepspeed", "fastapi", "uvicorn", "onnx", "onnxruntime", "faiss"}
+OPTIONAL = {"deepspeed", "fastapi", "uvicorn", "onnx", "onnxruntime", "faiss", "pyarrow"}
 
 
 def module_name(path: Path) -> str:

@@ -299,7 +299,8 @@ class Augment:
             views = _Views(first, self._views[first : first + len(cropped)], self._config, self._seed)
             augmented.append(_augment(cropped, views, batch.samples, device))
             first += len(cropped)
-        return Batch(tuple(augmented), batch.samples.to(device))
+        text = None if batch.text is None else batch.text.to(device, non_blocking=True)
+        return Batch(tuple(augmented), batch.samples.to(device), text)
 
 
 def _augment(cropped: Tensor, views: _Views, samples: Samples, device: torch.device) -> Tensor:

@@ -1,9 +1,10 @@
 """Packed datasets: what a `.beton` holds, opening one safely. The only module that imports ffcv.
 
-A dataset is two files: FFCV's `.beton` with the fields `image`, `label` and `split`, which a plain `ffcv.Loader` opens
-as well, and a manifest beside it (`OUT.beton.json`) with its checksum. FFCV itself checks nothing: an interrupted file
-opens with zeroed metadata, and compiled code follows whatever addresses the file gives it. So a file without a manifest
-that matches is refused, and every address is checked to lie inside the file before compiled code sees it.
+A dataset is FFCV's `.beton` with the fields `image`, `label` and `split`, which a plain `ffcv.Loader` opens as well, a
+manifest beside it (`OUT.beton.json`) with its checksum and, where the images have captions, `OUT.beton.captions`. FFCV
+itself checks nothing: an interrupted file opens with zeroed metadata, and compiled code follows whatever addresses the file
+gives it. So a file without a manifest that matches is refused, and every address is checked to lie inside the file before
+compiled code sees it.
 """
 
 import ctypes
@@ -21,7 +22,8 @@ import numpy as np
 
 from dist_contrastive import signals
 from dist_contrastive.config import UserError, require
-from dist_contrastive.data.format import NO_LABEL, TEST, TRAIN, Manifest, find_manifest, pack_again
+from dist_contrastive.data.captions import Captions
+from dist_contrastive.data.format import NO_LABEL, TEST, TRAIN, Manifest, captions_path, find_manifest, pack_again
 
 DECODE_SYMBOL = "dist_contrastive_imdecode"
 
@@ -101,6 +103,8 @@ class Dataset:
     """int32 [N]"""
     widths: np.ndarray
     """int32 [N]"""
+    captions: Captions | None = None
+    """None where the images have none."""
 
     @property
     def num_samples(self) -> int:
@@ -119,22 +123,28 @@ class _GivesWay(io.FileIO):
         return super().readinto(buffer) or 0
 
 
+def _require_unaltered(path: Path, sha256: str, again: str) -> None:
+    with _GivesWay(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    require(digest == sha256, f"{path} was altered: its SHA-256 is not its manifest's; {again}")
+
+
 def open_dataset(path: Path, *, verify: bool = True) -> Dataset:
     """Open a packed dataset for reading.
 
-    `verify` reads the whole file once and compares its SHA-256 with the manifest's (about a second for each gigabyte);
-    the sizes, the counts and every address are checked in any case.
+    `verify` reads the whole file and that of its captions once and compares their SHA-256 with the manifest's (about a second
+    for each gigabyte); the sizes, the counts and every address are checked in any case.
 
-    Raises `UserError` where the file or its manifest is missing, the two do not match, or FFCV can't be loaded.
+    Raises `UserError` where a file or its manifest is missing, they do not match, or FFCV can't be loaded.
     """
     require_ffcv()
     again = pack_again(path)
     manifest = find_manifest(path)
     try:
         if verify:
-            with _GivesWay(path) as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            require(digest == manifest.sha256, f"{path} was altered: its SHA-256 is not its manifest's; {again}")
+            _require_unaltered(path, manifest.sha256, again)
+            if manifest.captions is not None:
+                _require_unaltered(captions_path(path), manifest.captions.sha256, again)
         reader = ffcv.reader.Reader(str(path))
         file_bytes = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
     except OSError as error:
@@ -169,6 +179,7 @@ def open_dataset(path: Path, *, verify: bool = True) -> Dataset:
         is_jpeg=(images["mode"] == IMAGE_MODES["jpg"]).astype(np.uint8),
         heights=images["height"].astype(np.int32),
         widths=images["width"].astype(np.int32),
+        captions=Captions(path, manifest) if manifest.captions is not None else None,
     )
     # Compiled code follows these without a check of its own.
     first_label, num_labels = (0, len(manifest.classes)) if manifest.classes else (NO_LABEL, 1)

@@ -1,5 +1,6 @@
 """What a packed dataset is, as far as it is known without opening it: its splits, its manifest, how it is packed."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,12 @@ PACK_COMMAND = "python -m dist_contrastive.pack SOURCE OUT.beton"
 QUALITY = 90
 MAX_SIDE = 512
 MAX_BAD = 100
+MAX_TOKENS = 32
+VOCABULARY = 8192
+FEWEST_TOKENS = 3
+"""Start, end and one between them."""
+SMALLEST_VOCABULARY = 512
+"""Twice the bytes, which a tokenizer knows in any case."""
 LARGEST_SIDE = 65500
 """Pixels: libjpeg's limit."""
 
@@ -30,6 +37,11 @@ def manifest_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
+def captions_path(path: Path) -> Path:
+    """Where the captions of the packed dataset `path` lie, if it has any."""
+    return path.with_name(path.name + ".captions")
+
+
 @dataclass(frozen=True)
 class LeftOut:
     """Something of the source that is not in the dataset: a bad image, or what is there under another name."""
@@ -37,6 +49,22 @@ class LeftOut:
     name: str
     """Its path, or its name within the source."""
     reason: str
+
+
+@dataclass(frozen=True)
+class CaptionsEntry:
+    """What the file of captions beside a packed dataset should be."""
+
+    num_captions: int
+    vocabulary_size: int
+    """Token ids are below it."""
+    max_tokens: int
+    """Token ids of each caption: start, end and padding included."""
+    num_cut: int
+    """How many captions were longer and lost their end."""
+    num_bytes: int
+    sha256: str
+    """Of the whole file, in hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +97,20 @@ class Manifest:
     """Where the splits come from, in words; empty in a manifest of an older version."""
     not_images: dict[str, int] = field(default_factory=dict)
     """How many files of each suffix lay beside the images and are none."""
+    captions: CaptionsEntry | None = None
+    """None where the images have no captions."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Of the dataset's files without this manifest."""
+        return self.num_bytes + (self.captions.num_bytes if self.captions else 0)
+
+    @property
+    def identity(self) -> str:
+        """What tells the dataset from others, in hexadecimal: the checksum of the images and, if there are any, captions."""
+        if self.captions is None:
+            return self.sha256
+        return hashlib.sha256(bytes.fromhex(self.sha256 + self.captions.sha256)).hexdigest()
 
     @property
     def has_labels(self) -> bool:
@@ -93,6 +135,8 @@ class Manifest:
             data["left_out"] = tuple(LeftOut(**entry) for entry in data["left_out"])
             for name in ("classes", "mean", "std"):
                 data[name] = tuple(data[name])
+            if data.get("captions") is not None:
+                data["captions"] = CaptionsEntry(**data["captions"])
             manifest = Manifest(**data)
         except UserError:
             raise
@@ -100,10 +144,11 @@ class Manifest:
             raise UserError(f"{path} can't be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a manifest that pack wrote; {again}") from error
-        for item in fields(Manifest):
-            if item.type is int:
-                value = getattr(manifest, item.name)
-                require(type(value) is int and value >= 0, f"{path}: {item.name} is {value!r}; {again}")
+        for part in (manifest, manifest.captions):
+            for item in fields(part) if part is not None else ():
+                if item.type is int:
+                    value = getattr(part, item.name)
+                    require(type(value) is int and value >= 0, f"{path}: {item.name} is {value!r}; {again}")
         return manifest
 
 
@@ -115,7 +160,7 @@ def pack_again(path: Path) -> str:
 def find_manifest(path: Path) -> Manifest:
     """The manifest of the packed dataset `path`.
 
-    Raises `UserError` where one of the two files is missing or unreadable, or their sizes don't match.
+    Raises `UserError` where one of its files is missing or unreadable, or their sizes don't match.
     """
     try:
         require(
@@ -124,11 +169,16 @@ def find_manifest(path: Path) -> Manifest:
         beside = manifest_path(path)
         require(beside.is_file(), f"{path} has no manifest ({beside.name}), it may be incomplete; {pack_again(path)}")
         manifest = Manifest.read(beside)
-        num_bytes = path.stat().st_size
+        files = {path: manifest.num_bytes}
+        if manifest.captions is not None:
+            files[captions_path(path)] = manifest.captions.num_bytes
+        for file, expected in files.items():
+            require(file.is_file(), f"{path} has captions, and their file {file.name} is missing; {pack_again(path)}")
+            found = file.stat().st_size
+            require(
+                found == expected,
+                f"{file} has {found} bytes, its manifest says {expected}: truncated or replaced; {pack_again(path)}",
+            )
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}") from error
-    require(
-        num_bytes == manifest.num_bytes,
-        f"{path} has {num_bytes} bytes, its manifest says {manifest.num_bytes}: truncated or replaced; {pack_again(path)}",
-    )
     return manifest

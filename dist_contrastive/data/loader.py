@@ -11,8 +11,9 @@ Memory. A batch owns its tensors: B × S × S × 3 bytes a view, `batches_ahead`
 one tensor after the other. Beside them each thread keeps one scratch buffer of the size of the largest JPEG, decoded, so
 scratch is threads × largest image, not batch × largest.
 
-Randomness. The order of an epoch is `rng.permutation`; a crop is a pure function of (seed, epoch, sample index, view).
-So neither threads, ranks nor restarts change what a sample looks like at an epoch.
+Randomness. The order of an epoch is `rng.permutation`; a crop is a pure function of (seed, epoch, sample index, view), the
+caption that is drawn one of (seed, epoch, sample index). So neither threads, ranks nor restarts change what a sample looks
+like at an epoch, or what is said of it.
 """
 
 import math
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread, current_thread
 from types import TracebackType
@@ -388,9 +390,10 @@ class Epoch(Iterator[Batch]):
         num_batches: int,
         threads: int,
         pin_memory: bool,
+        text: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """`batches(k)` gives the sample indices int64 [B] of batch k, `boxes` their crops int64 [V, b, 4] of all views; `views`
-        says of each size how many there are, and how many pixels a side."""
+        says of each size how many there are, and how many pixels a side; `text` gives captions int64 [B, L] of indices [B]."""
         assert 0 <= first_batch <= num_batches, "an epoch starts at one of its batches"
         assert threads >= 1, "an epoch needs a thread"
         self.wait_ms = 0.0
@@ -400,6 +403,7 @@ class Epoch(Iterator[Batch]):
         self._batches = batches
         self._views = views
         self._labels = dataset.labels
+        self._text = text
         self._epoch = epoch
         self._submitted, self._returned, self._num_batches = first_batch, first_batch, num_batches
         self._pin_memory = pin_memory
@@ -472,15 +476,17 @@ class Epoch(Iterator[Batch]):
             samples = np.array(self._batches(self._submitted), dtype=np.int64)  # a copy: the batch's own
             out, places, views = _empty_views(self._views, len(samples), pin_memory=self._pin_memory)
             labels, indices = torch.from_numpy(self._labels[samples]), torch.from_numpy(samples)
+            text = None if self._text is None else self._text(indices)
             if self._pin_memory:
                 labels, indices = labels.pin_memory(), indices.pin_memory()
+                text = None if text is None else text.pin_memory()
             # Two slices a thread: the threads end a batch nearly together even where its images differ in size.
             num_parts = min(len(samples), 2 * len(self._threads))
             parts = []
             for start, share in _shares(samples, num_parts):
                 parts.append(_Slice(share, out, places, start))
                 self._slices.put(parts[-1])
-            self._pending.append((Batch(views, Samples(labels, indices, self._epoch)), parts))
+            self._pending.append((Batch(views, Samples(labels, indices, self._epoch), text), parts))
             self._submitted += 1
 
 
@@ -525,7 +531,8 @@ def train_epoch(
     start_step: int = 0,
     pin_memory: bool = False,
 ) -> Epoch:
-    """This rank's share of an epoch over the training split: the random crops of each sample, from step `start_step` on.
+    """This rank's share of an epoch over the training split: the random crops of each sample, and one of its captions where
+    the dataset has any, from step `start_step` on.
 
     The epoch's order is one permutation of the training samples for all ranks; each update takes the next global batch
     of it, and of that this rank its `share`.
@@ -542,9 +549,10 @@ def train_epoch(
     def boxes(samples: np.ndarray) -> np.ndarray:
         return random_boxes(dataset, augment, seed=seed, epoch=epoch, samples=samples)
 
+    text = None if dataset.captions is None else partial(dataset.captions.tokens, seed=seed, epoch=epoch)
     return Epoch(
         dataset, data, batches, boxes, epoch=epoch, views=_views_of(augment, data), first_batch=start_step,
-        num_batches=num_steps, threads=threads, pin_memory=pin_memory,
+        num_batches=num_steps, threads=threads, pin_memory=pin_memory, text=text,
     )  # fmt: skip
 
 

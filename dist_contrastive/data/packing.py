@@ -30,6 +30,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dist_contrastive.atomic import sync_folder, write_atomic
 from dist_contrastive.config import UserError, require
 from dist_contrastive.data.beton import PAGE_SIZE, BetonWriter
+from dist_contrastive.data.captions import CaptionOptions, given_tokenizer, write_captions
 from dist_contrastive.data.folders import IMAGE_SUFFIXES, TEST_SHARE
 from dist_contrastive.data.format import (
     MAX_BAD,
@@ -39,9 +40,12 @@ from dist_contrastive.data.format import (
     TRAIN,
     LeftOut,
     Manifest,
+    captions_path,
     manifest_path,
 )
+from dist_contrastive.data.pairs import Member
 from dist_contrastive.data.sources import Sample, Source
+from dist_contrastive.data.tokenizing import TextEncoder
 
 MAX_RAW_PIXELS = 64 * 64
 """Images of at most this many pixels (12 KiB) are stored raw."""
@@ -53,6 +57,7 @@ CHUNK = 16
 """Images that a thread takes at once."""
 CHUNKS_AHEAD = 3
 """How many chunks are under way for each thread."""
+DEFAULT_CAPTION_OPTIONS = CaptionOptions()
 NUM_SHOWN = 3
 """Bad images that an error message names."""
 
@@ -77,19 +82,20 @@ class Encoded:
     """int64 [3, 2]: each channel's values and their squares summed over the pixels, before JPEG compression."""
 
 
-def read_rgb(path: Path) -> Image.Image:
-    """The image in a file: decoded in full, upright, 8-bit RGB.
+def read_rgb(path: Path | Member) -> Image.Image:
+    """The image in a file, or in a member of a tar: decoded in full, upright, 8-bit RGB.
 
     Raises `BadImageError` where it can't be decoded or its pixels have no known range, `NotAnImageError` where the file
     never was an image.
     """
-    no_image = BadImageError if path.suffix.lower() in IMAGE_SUFFIXES else NotAnImageError
+    suffix = PurePosixPath(path.name).suffix.lower()
+    no_image = BadImageError if suffix in IMAGE_SUFFIXES else NotAnImageError
     try:
-        if path.stat().st_size == 0:
+        if (path.size if isinstance(path, Member) else path.stat().st_size) == 0:
             raise no_image("empty file")
         # From a file object: what is opened by name is mapped into memory, where Pillow 13 reads an uncompressed TIFF that
         # lies on its side with width and height exchanged.
-        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as opened:
+        with path.open("rb") as file, Image.open(file, formats=FORMATS) as opened:
             file_format = opened.format
             return to_rgb(ImageOps.exif_transpose(opened), file_format)
     except BadImageError:
@@ -154,35 +160,44 @@ def write_dataset(
     max_side: int = MAX_SIDE,
     max_bad: int = MAX_BAD,
     workers: int = 0,
+    captions: CaptionOptions = DEFAULT_CAPTION_OPTIONS,
     on_sample: Callable[[], None] | None = None,
 ) -> Manifest:
-    """Pack `source` into the file `out` with its manifest beside it; an older dataset there is replaced.
+    """Pack `source` into the file `out` with its captions, if it has any, and its manifest beside it; an older dataset there
+    is replaced.
 
     `quality` is the JPEG quality in percent, `max_side` the longest side of a stored image in pixels, `max_bad` how many
     images may be bad (files that never were images do not count), `workers` the number of threads that decode (0: one for
-    each usable core); `on_sample` is called after each image.
+    each usable core), `captions` how captions become tokens; `on_sample` is called after each image.
 
-    The file is written under another name in the same folder, synced to disk and renamed; an interruption removes it.
-    The old manifest goes before the rename and the new one comes after it, so that no manifest is ever beside a file
+    Each file is written under another name in the same folder, synced to disk and renamed; an interruption removes it.
+    The old manifest goes before the renames and the new one comes after them, so that no manifest is ever beside a file
     that it does not describe.
 
     Raises `UserError` where more than `max_bad` images are bad, a class or a split ends up empty, `out` can't be written,
     or FFCV is missing.
     """
     workers = workers or len(os.sched_getaffinity(0))
-    temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.incomplete")  # two runs at once do not meet
+    unique = secrets.token_hex(4)  # two runs at once do not meet
+    temporary, of_captions = (path.with_name(f".{path.name}.{unique}.incomplete") for path in (out, captions_path(out)))
+    encoder = given_tokenizer(captions)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             manifest = _write_file(
-                source, temporary, quality=quality, max_side=max_side, max_bad=max_bad, workers=workers,
-                on_sample=on_sample,
+                source, temporary, of_captions, quality=quality, max_side=max_side, max_bad=max_bad, workers=workers,
+                captions=captions, encoder=encoder, on_sample=on_sample,
             )  # fmt: skip
             manifest_path(out).unlink(missing_ok=True)
             sync_folder(out.parent)
             temporary.rename(out)
+            if manifest.captions is None:
+                captions_path(out).unlink(missing_ok=True)
+            else:
+                of_captions.rename(captions_path(out))
         except BaseException:
             temporary.unlink(missing_ok=True)
+            of_captions.unlink(missing_ok=True)
             raise
         sync_folder(out.parent)
         write_atomic(manifest_path(out), manifest.to_json().encode())
@@ -196,16 +211,22 @@ def write_dataset(
 def _write_file(
     source: Source,
     path: Path,
+    of_captions: Path,
     *,
     quality: int,
     max_side: int,
     max_bad: int,
     workers: int,
+    captions: CaptionOptions,
+    encoder: TextEncoder | None,
     on_sample: Callable[[], None] | None,
 ) -> Manifest:
-    """Write the `.beton` file itself to `path`, which must not exist, and wait until the disk has it."""
-    bad: list[LeftOut] = []
-    not_images: Counter[str] = Counter()
+    """Write the `.beton` file itself to `path` and captions to `of_captions`, neither of which may exist, and wait until the
+    disk has them."""
+    bad = list(source.bad)
+    if len(bad) > max_bad:
+        raise UserError(_too_many(bad, max_bad))
+    not_images = Counter(source.not_images)
     first_bad: dict[int, LeftOut] = {}
     capacity = len(source.samples)
     packed: list[Sample] = []
@@ -216,9 +237,9 @@ def _write_file(
         writer = BetonWriter(file, capacity)
         for sample, encoded in _encode_all(source, quality=quality, max_side=max_side, workers=workers):
             if isinstance(encoded, BadImageError):
-                found = LeftOut(sample.name, str(encoded))
+                found = LeftOut(sample.name, f"{encoded} ({sample.where})" if sample.where else str(encoded))
                 first_bad.setdefault(sample.label, found)
-                if isinstance(encoded, NotAnImageError):
+                if isinstance(encoded, NotAnImageError) and not sample.where:
                     not_images[PurePosixPath(sample.name).suffix.lower()] += 1
                 else:
                     bad.append(found)
@@ -248,6 +269,9 @@ def _write_file(
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         num_bytes = file.seek(0, os.SEEK_END)
     to_train = np.flatnonzero(~is_test)
+    entry = None
+    if any(sample.captions for sample in packed):
+        entry = write_captions(of_captions, [sample.captions for sample in packed], to_train, captions, encoder)
     mean, std = _moments(sums[to_train].sum(0), int(num_pixels[to_train].sum()))
     return Manifest(
         num_samples=len(packed),
@@ -267,6 +291,7 @@ def _write_file(
         sha256=sha256,
         split=source.split_note + _missing(source, packed, is_test),
         not_images=dict(sorted(not_images.items())),
+        captions=entry,
     )
 
 
@@ -295,7 +320,7 @@ def _encode_all(
 
     def run(sample: Sample) -> Encoded | BadImageError:
         try:
-            image = read_rgb(sample.image) if isinstance(sample.image, Path) else Image.fromarray(sample.image)
+            image = Image.fromarray(sample.image) if isinstance(sample.image, np.ndarray) else read_rgb(sample.image)
             return encode(image, quality=quality, max_side=max_side)
         except BadImageError as error:
             return error

@@ -1,4 +1,4 @@
-"""Where the images of a packed dataset come from: embedded photographs, CIFAR-10, or a folder of images.
+"""Where the images of a packed dataset come from: embedded photographs, CIFAR-10, a folder of images, or pairs with captions.
 
 A source is the list of its samples in a fixed order; the same source gives the same list on every machine. Images that
 lie in files are read later, one by one, by `packing`, which also chooses the test split where the source has none.
@@ -6,8 +6,8 @@ lie in files are read later, one by one, by `packing`, which also chooses the te
 
 import importlib.util
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,23 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from dist_contrastive import rng
-from dist_contrastive.config import UserError
-from dist_contrastive.data.folders import Layout, Tree, Walk, class_folders, files_of, no_labels, recognise
-from dist_contrastive.data.format import TEST, TRAIN, LeftOut
-from dist_contrastive.data.spec import read_spec
+from dist_contrastive.config import UserError, require, user_path
+from dist_contrastive.data.folders import (
+    TEST_SHARE,
+    Layout,
+    Role,
+    Tree,
+    Walk,
+    class_folders,
+    files_of,
+    no_labels,
+    recognise,
+    split_role,
+)
+from dist_contrastive.data.format import NO_LABEL, TEST, TRAIN, LeftOut
+from dist_contrastive.data.pairs import Columns, Member, Pair, list_pairs
+from dist_contrastive.data.photo_captions import captions_of
+from dist_contrastive.data.spec import EMBEDDED_KINDS, read_spec
 
 LAYOUTS: dict[str, Callable[[Tree], Layout]] = {
     "folder": recognise,
@@ -57,6 +70,18 @@ PHOTOS = {
 }
 """Class name to file, within the installed packages. Read by path: `skimage.data` downloads what it does not find."""
 
+USUAL_COLUMNS = Columns()
+HELD_OUT_NOTE = f"{100 * TEST_SHARE:g} % of the pairs held out for test by a hash of the path"
+CLASS_PLACE = "{class}"
+TEMPLATES = (
+    "a photo of a {class}.",
+    "a picture of a {class}.",
+    "an image of a {class}.",
+    "a photo of the {class}.",
+    "a {class}.",
+)
+"""Captions of an image of which only the class is known."""
+
 CIFAR10_ARCHIVE = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 DOWNLOAD_TIMEOUT_S = 60.0
 """The longest wait for the next bytes of a download."""
@@ -70,10 +95,14 @@ class Sample:
     """Position of its class; `NO_LABEL` in a source without classes."""
     split: int | None
     """`TRAIN` or `TEST`; None where packing chooses, among the samples that turn out to be images."""
-    image: np.ndarray | Path
-    """uint8 [H, W, 3], or the file that holds the image."""
+    image: np.ndarray | Path | Member
+    """uint8 [H, W, 3], or the file, or the member of a tar, that holds the image."""
     key: str = ""
     """What the choice of the split depends on: the file's path within its class."""
+    captions: tuple[str, ...] = ()
+    """All samples of a source have some, or none has."""
+    where: str = ""
+    """Where the source says that this is an image (a row of a table); empty for a file that was only found."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +116,68 @@ class Source:
     """Where the splits come from, in words."""
     left_out: tuple[LeftOut, ...] = ()
     """What is not among the samples because it is there under another name."""
+    bad: tuple[LeftOut, ...] = ()
+    """What the source lists and lacks something, such as a caption."""
+    not_images: Mapping[str, int] = field(default_factory=dict)
+    """How many files of each suffix lie beside the images and are none."""
 
 
-def open_source(spec: str) -> Source:
-    """The source that `spec` names: photos, cifar10, cifar10:DIR, folder:DIR, classes:DIR or images:DIR.
+def open_source(spec: str, columns: Columns = USUAL_COLUMNS) -> Source:
+    """The source that `spec` names, such as photos, cifar10:DIR, folder:DIR or pairs:FILE; `columns` are those of pairs.
 
     Raises `UserError` where it is none of these, or its images can't be found.
     """
     kind, folder = read_spec(spec)
-    if kind == "photos":
-        return open_photos()
+    if kind in EMBEDDED_KINDS:
+        return open_photos(spec, with_captions=kind == "photo_captions")
+    if kind == "pairs":
+        return open_pairs(spec, folder, columns)
     return open_cifar10(spec, folder) if kind == "cifar10" else open_folder(spec, folder, LAYOUTS[kind])
+
+
+def with_templates(source: Source, templates: Sequence[str]) -> Source:
+    """`source` with a caption from each of `templates`, in which the class of the image takes the place of `{class}`.
+
+    Raises `UserError` where it has no classes, or captions of its own.
+    """
+    require(
+        len(source.classes) > 1,
+        f"--caption-templates: {source.spec} has no classes to name; leave it out, or give labels",
+    )
+    require(
+        not any(sample.captions for sample in source.samples),
+        f"--caption-templates: {source.spec} has captions of its own; leave it out",
+    )
+    names = [name.replace("_", " ") for name in source.classes]
+    captions = [tuple(template.replace(CLASS_PLACE, name) for template in templates) for name in names]
+    return replace(source, samples=tuple(replace(s, captions=captions[s.label]) for s in source.samples))
+
+
+def read_templates(given: str) -> tuple[str, ...]:
+    """The templates of `--caption-templates`: the usual ones (`default`), or those of a file, one a line.
+
+    Raises `UserError` where the file can't be read or one of its lines has no `{class}`.
+    """
+    if given == "default":
+        return TEMPLATES
+    try:
+        lines = user_path(given).read_bytes().decode().splitlines()
+    except OSError as error:
+        raise UserError(
+            f"--caption-templates {given} can't be read: {error.strerror}; give default or a file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--caption-templates {given} is not UTF-8 ({error.reason}); convert it") from error
+    templates = {line.strip(): number for number, line in reversed(list(enumerate(lines, 1))) if line.strip()}
+    require(
+        bool(templates), f"--caption-templates {given} is empty; give one template a line (a photo of a {CLASS_PLACE}.)"
+    )
+    for template, number in templates.items():
+        require(
+            CLASS_PLACE in template,
+            f"--caption-templates {given} line {number} has no {CLASS_PLACE}; write a photo of a {CLASS_PLACE}.",
+        )
+    return tuple(sorted(templates, key=templates.__getitem__))
 
 
 def patch_positions(photo: int, split: int, height: int, width: int) -> np.ndarray:
@@ -113,17 +193,22 @@ def patch_positions(photo: int, split: int, height: int, width: int) -> np.ndarr
     return np.stack([order // columns, left + order % columns], axis=1)
 
 
-def open_photos() -> Source:
-    """32×32 RGB patches of the photographs that scikit-image and scikit-learn carry; the label is the photograph."""
+def open_photos(spec: str, *, with_captions: bool) -> Source:
+    """32×32 RGB patches of the photographs that scikit-image and scikit-learn carry; the label is the photograph.
+
+    Captions are written from what is measured in the patch and known of its photograph (`photo_captions`).
+    """
     photos = [_read_photo(name, place) for name, place in PHOTOS.items()]
-    samples = [
-        Sample(f"{name} {y},{x}", label, split, photo[y : y + PATCH_SIDE, x : x + PATCH_SIDE])
-        for split in (TRAIN, TEST)
-        for label, (name, photo) in enumerate(zip(PHOTOS, photos, strict=True))
-        for y, x in patch_positions(label, split, *photo.shape[:2])
-    ]
+    samples = []
+    for split in (TRAIN, TEST):
+        for label, (name, photo) in enumerate(zip(PHOTOS, photos, strict=True)):
+            height, width = photo.shape[:2]
+            for y, x in patch_positions(label, split, height, width).tolist():
+                patch = photo[y : y + PATCH_SIDE, x : x + PATCH_SIDE]
+                captions = captions_of(patch, name, y, x, height, width) if with_captions else ()
+                samples.append(Sample(f"{name} {y},{x}", label, split, patch, captions=captions))
     note = f"the left {100 * TRAIN_WIDTH:g} % of each photograph to train, the rest to test"
-    return Source("photos", tuple(PHOTOS), tuple(samples), note)
+    return Source(spec, tuple(PHOTOS), tuple(samples), note)
 
 
 def _read_photo(name: str, place: str) -> np.ndarray:
@@ -191,3 +276,54 @@ def open_folder(spec: str, folder: Path, understand: Callable[[Tree], Layout]) -
         for path in paths
     ]
     return Source(spec, layout.classes, tuple(samples), layout.note, tuple(left_out))
+
+
+def open_pairs(spec: str, path: Path, columns: Columns) -> Source:
+    """The images and captions of a table or of tar shards. Where it names no splits, packing holds a part out for test.
+
+    Raises `UserError` where it can't be understood; a pair that lacks something is among what is bad.
+    """
+    listing = list_pairs(path, columns)
+    pairs = listing.pairs
+    names = {pair.label for pair in pairs if pair.label is not None}
+    all_numbers = all(name.isdecimal() for name in names)
+    classes = tuple(sorted(names, key=lambda name: (int(name) if all_numbers else 0, name)))
+    labels: dict[str | None, int] = {name: label for label, name in enumerate(classes)}
+    splits, note = _splits_of(pairs)
+    samples = [
+        Sample(
+            pair.name, labels.get(pair.label, NO_LABEL), splits[pair.split], pair.image, pair.name, tuple(pair.captions),
+            pair.where,
+        )
+        for pair in pairs
+        if pair.split in splits
+    ]  # fmt: skip
+    return Source(spec, classes, tuple(samples), note, bad=tuple(listing.bad), not_images=listing.passed_over)
+
+
+def _splits_of(pairs: Sequence[Pair]) -> tuple[dict[str | None, int | None], str]:
+    """What the names of the splits stand for, without those that are not used, and a note on them."""
+    first = {pair.split: pair for pair in reversed(pairs)}
+    if not any(first):
+        return {None: None}, HELD_OUT_NOTE
+    roles = {}
+    for name, pair in first.items():
+        assert name is not None
+        role, rest = split_role(name)
+        require(
+            role in (Role.TRAIN, Role.VAL, Role.TEST) and not rest,
+            f"{pair.where}: its split is {name}; write train, val or test",
+        )
+        roles[name] = role
+    train, test, val = (
+        sorted(name for name in roles if roles[name] is role) for role in (Role.TRAIN, Role.TEST, Role.VAL)
+    )
+    require(
+        bool(train), f"{', '.join(sorted(roles))} are all splits that are named, and none is to train on; name it train"
+    )
+    to_test = test or val
+    if not to_test:
+        return dict.fromkeys(train, None), HELD_OUT_NOTE
+    unused = f"; not used: {', '.join(val)}" if test and val else ""
+    note = f"train from {', '.join(train)}, test from {', '.join(to_test)}, as each pair says{unused}"
+    return {name: TRAIN if name in train else TEST for name in (*train, *to_test)}, note
