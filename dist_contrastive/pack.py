@@ -16,11 +16,10 @@ The dataset is OUT.beton with its checksum and its statistics in OUT.beton.json 
 their tokens in OUT.beton.captions; one that exists is replaced. The last line says where the test split comes from.
 
     python -m dist_contrastive.pack photos data/photos.beton
-    python -m dist_contrastive.pack cifar10:path/to/download data/cifar10.beton
+    python -m dist_contrastive.pack cifar10:path/to/download data/cifar10.beton --caption-templates default
     python -m dist_contrastive.pack folder:path/to/images data/mine.beton --max-side 256
     python -m dist_contrastive.pack images:path/to/images data/unlabelled.beton
     python -m dist_contrastive.pack pairs:path/to/captions.csv data/pairs.beton
-    python -m dist_contrastive.pack cifar10 data/cifar10_captions.beton --caption-templates default
 """
 
 import signal
@@ -110,10 +109,19 @@ class PackConfig:
             for option, given in (("--image-column", self.image_column), ("--caption-columns", self.caption_columns)):
                 require(not given, f"{option}: only pairs:FILE has columns; leave it out")
             has_captions = kind == "photo_captions" or bool(self.caption_templates)
-            require(
-                has_captions or self.tokenizer is None,
-                f"--tokenizer: {self.source} has no captions; leave it out, or give --caption-templates",
-            )
+            for option, changed in (
+                ("--max-tokens", self.max_tokens != MAX_TOKENS),
+                ("--vocabulary", self.vocabulary != VOCABULARY),
+                ("--tokenizer", self.tokenizer is not None),
+            ):
+                require(
+                    has_captions or not changed,
+                    f"{option}: {self.source} has no captions; leave it out, or give --caption-templates",
+                )
+        require(
+            self.tokenizer is None or self.vocabulary == VOCABULARY,
+            "--vocabulary: a given tokenizer has its own; leave it or --tokenizer out",
+        )
 
     @property
     def out_path(self) -> Path:

@@ -72,6 +72,7 @@ def write_captions(
 
     Without an `encoder` a tokenizer is learned from those of the samples `to_train`, int64.
     """
+    assert all(captions), "a sample without a caption has nothing to draw"
     if encoder is None:
         of_train = chain.from_iterable(captions[index] for index in to_train)
         encoder = learn_tokenizer(of_train, vocabulary=options.vocabulary, max_tokens=options.max_tokens)
@@ -79,7 +80,7 @@ def write_captions(
     tokens, num_cut = encoder.encode(texts)
     encoded = [text.encode() for text in texts]
     arrays: dict[str, np.ndarray] = {
-        "tokens": tokens.astype(np.int32),
+        "tokens": tokens,
         "first": np.cumsum([0, *map(len, captions)], dtype=np.int64),
         "texts": np.frombuffer(b"".join(encoded), np.uint8),
         "text_ends": np.cumsum([len(text) for text in encoded], dtype=np.int64),
@@ -179,4 +180,4 @@ class Captions:
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Token ids int64 [n, L] of `texts` (prompts), cut to the limit as captions are."""
-        return torch.from_numpy(self._encoder.encode(texts)[0])
+        return torch.from_numpy(self._encoder.encode(texts)[0]).long()

@@ -282,7 +282,8 @@ def _delimited(delimiter: str) -> Callable[[Path], Table]:
                 yield from reader
             except csv.Error as error:
                 raise UserError(
-                    f"{path} line {reader.line_num} is no {path.suffix[1:]} ({error}); repair it"
+                    f"{path} line {reader.line_num} is no {path.suffix[1:]} ({error}); put fields that hold quotes in quotes, "
+                    "and write theirs twice"
                 ) from error
 
         lines = cells()

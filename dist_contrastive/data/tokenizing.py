@@ -28,7 +28,7 @@ PIECE = 1 << 14
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Encodes texts as token ids int64 [n, L]."""
+    """Encodes texts as token ids int32 [n, L]."""
 
     tokenizer: Tokenizer
     start: int
@@ -52,8 +52,8 @@ class TextEncoder:
         return hashlib.sha256(self.json).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, int]:
-        """Token ids int64 [n, L] of `texts`, and how many of these were cut to the limit."""
-        rows = np.full((len(texts), self.max_tokens), PADDING, np.int64)
+        """Token ids int32 [n, L] of `texts`, and how many of these were cut to the limit."""
+        rows = np.full((len(texts), self.max_tokens), PADDING, np.int32)
         num_cut = 0
         for first in range(0, len(texts), PIECE):
             encoded = self.tokenizer.encode_batch(list(texts[first : first + PIECE]), add_special_tokens=False)
