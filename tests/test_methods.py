@@ -73,8 +73,13 @@ def test_the_gradient_is_that_of_the_loss_with_the_papers_branches_standing_stil
     embeddings = method.embed_all(batch)
     with torch.no_grad():
         method.settle(embeddings, clock_at())
+    for key, value in embeddings.items():
+        assert value.shape[1] == len(batch), (
+            f"{key} is [V, B, ...]: micro-batches are put together along the second axis"
+        )
     stopped = {key for key, value in embeddings.items() if not value.requires_grad}
-    assert stopped == ({"z", method.target} if method.target else set()) | method.targets(batch).keys()
+    expected = ({"z", method.target} if method.target else set()) | method.targets(batch).keys()
+    assert stopped == expected, "without gradient are the targets and, where `target` names one, `z`; nothing else"
     method.loss(embeddings, batch.samples)["loss"].backward()
     trained = [p for p in method.parameters() if p.requires_grad]
     # Along the gradient itself, where the change is largest and rounding smallest.
@@ -97,9 +102,10 @@ def test_the_stopped_branch_matters_to_the_loss_and_gets_no_gradient(name: str) 
     leaves = {key: value.detach().requires_grad_() for key, value in method.embed_all(batch).items()}
     loss = method.loss(leaves, batch.samples)["loss"]
     loss.backward()
+    assert "q" in leaves, "the embedding that looks for the target is named q"
     assert leaves["q"].grad is not None
     assert leaves["q"].grad.any()
-    assert leaves[target].grad is None
+    assert leaves[target].grad is None, "the loss itself detaches its target"
     generator = torch.Generator().manual_seed(2)
     noise = 0.1 * torch.randn(leaves[target].shape, generator=generator)
     perturbed = {**leaves, target: F.normalize(leaves[target].detach() + noise, dim=-1)}

@@ -419,9 +419,11 @@ def config_of(recipe: str) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def of_recipes(pool: ProcessPoolExecutor) -> dict[str, Any]:
-    """What simulating each recipe shows; under way at once, two at a time."""
-    launches = {recipe: launch_of(recipe) for recipe in RECIPES}
+def of_recipes(pool: ProcessPoolExecutor, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What simulating each recipe that a selected test asks for shows, and `photos`; under way at once, two at a time."""
+    calls = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
+    asked = {"photos", *(call.params.get("recipe") for call in calls)}
+    launches = {recipe: launch_of(recipe) for recipe in RECIPES if recipe in asked}
     return {
         recipe: pool.submit(simulated, config_of(recipe), launch.ranks, precision=launch.precision)
         for recipe, launch in launches.items()
