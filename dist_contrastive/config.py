@@ -226,6 +226,30 @@ class HeadConfig:
 
 
 @dataclass(frozen=True)
+class TextConfig:
+    """The transformer over a caption's tokens."""
+
+    vocabulary: int = 8192
+    """How many tokens there are; the dataset says how many its captions need."""
+    context: int = 32
+    """The longest caption, in tokens."""
+    width: int = 512
+    """Size of a token's embedding."""
+    layers: int = 12
+    """Blocks."""
+    heads: int = 8
+    """Of each block's attention."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "context", "width", "layers", "heads"):
+            require(getattr(self, name) >= 1, f"--method.text.{name} {getattr(self, name)}: give at least 1")
+        require(
+            self.width % self.heads == 0,
+            f"--method.text.heads {self.heads}: don't share --method.text.width {self.width} equally; give a divisor of it",
+        )
+
+
+@dataclass(frozen=True)
 class MethodConfig:
     """What every method has; a method's own file adds its own fields."""
 
@@ -251,6 +275,11 @@ class MethodConfig:
     def needs_labels(self) -> bool:
         """Whether the loss reads the labels."""
         return False
+
+    @property
+    def text_tower(self) -> TextConfig | None:
+        """That of captions, where the method learns from captions."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,20 @@ def check_dataset(config: TrainConfig, manifest: Manifest) -> None:
         not config.method.needs_labels or manifest.has_labels,
         f"{config.method.name} is to learn from labels, and {config.data.path} {manifest.describe_labels()}",
     )
+    if tower := config.method.text_tower:
+        captions = manifest.captions
+        if captions is None:
+            raise UserError(
+                f"{config.data.path} has no captions, which {config.method.name} learns from: pack pairs of images and captions"
+            )
+        for option, has, wants in (
+            ("vocabulary", tower.vocabulary, captions.vocabulary_size),
+            ("context", tower.context, captions.max_tokens),
+        ):
+            require(
+                has >= wants,
+                f"--method.text.{option} {has}: the captions of {config.data.path} need {wants}; give at least that",
+            )
 
 
 def launched_ranks() -> int:

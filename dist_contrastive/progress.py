@@ -85,7 +85,8 @@ class TrainingProgress:
 
 NAMES = {
     "linear_top1": "linear", "knn_top1": "kNN", "alignment": "alignment", "uniformity": "uniformity",
-    "effective_rank": "effective rank",
+    "effective_rank": "effective rank", "zero_shot_top1": "zero-shot",
+    **{f"{name}_recall_at_{k}": f"recall@{k} of {name}s" for name in ("text", "image") for k in (1, 5, 10)},
 }  # fmt: skip
 """What scores are called, in the order in which they are shown."""
 

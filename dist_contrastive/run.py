@@ -19,10 +19,12 @@ from dist_contrastive.config import TrainConfig, UserError, flatten, require, to
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import TRAIN
 from dist_contrastive.data.loader import Epoch, announced_compilation, fair_threads, train_epoch
+from dist_contrastive.evaluation.image_text import ImageTextRunner
 from dist_contrastive.evaluation.protocol import ProbeRunner
 from dist_contrastive.launch import connect, describe_machine
+from dist_contrastive.methods import Method
+from dist_contrastive.methods.image_text import ImageText
 from dist_contrastive.metrics import MetricsLog, StepTimer, TimeSplit
-from dist_contrastive.models.base import Encoder
 from dist_contrastive.progress import TrainingProgress, describe_scores, print_scores
 from dist_contrastive.report import write_report
 from dist_contrastive.report.collect import collect_report
@@ -391,8 +393,8 @@ class Run:
         if not self.probe:
             return
         if not self.scores["baselines"]:
-            self.scores["baselines"] = self.probe.baselines(self.untrained_encoder())
-        result = self.probe.score(self.trainer.method.exported)
+            self.scores["baselines"] = self._baselines(self.probe)
+        result = {**self.probe.score(self.trainer.method.exported), **self._score_towers(self.trainer.method)}
         earlier = [entry for entry in self.scores["history"] if entry["step"] != self.trainer.step]
         self.scores["history"] = [*earlier, {"epoch": epochs_done, "step": self.trainer.step, **result}]
 
@@ -409,9 +411,24 @@ class Run:
         """What probe.json holds; None without a probe."""
         return self.probe.summary(self.scores["baselines"], self.scores["history"]) if self.probe else None
 
-    def untrained_encoder(self) -> Encoder:
-        """The encoder as it was before the first step: its weights are a function of the config."""
-        return build_method(self.config).exported.to(self.trainer.device)
+    def untrained(self) -> Method:
+        """The method as it was before the first step: its weights are a function of the config."""
+        return build_method(self.config).to(self.trainer.device)
+
+    def _baselines(self, probe: ProbeRunner) -> dict[str, Any]:
+        untrained = self.untrained()
+        of_towers = {f"init_{name}": value for name, value in self._score_towers(untrained).items()}
+        return {**probe.baselines(untrained.exported), **of_towers}
+
+    def _score_towers(self, method: Method) -> dict[str, float]:
+        """Zero-shot and retrieval, where there is a text tower."""
+        if not isinstance(method, ImageText):
+            return {}
+        config = self.config
+        runner = ImageTextRunner(
+            self.dataset, data=config.data, augment=config.augment, device=self.trainer.device, threads=self.threads
+        )
+        return runner.score(method)
 
     def _on_fault(self, line: str) -> None:
         """Ranks are missing, or the launcher: this process is about to end."""
@@ -450,7 +467,7 @@ class Run:
             config,
             self.dataset,
             encoder=trainer.method.exported,
-            untrained=self.untrained_encoder(),
+            untrained=self.untrained().exported,
             device=trainer.device,
             threads=self.threads,
             schedules=trainer.planned_schedules(),
@@ -467,6 +484,9 @@ class Run:
         encoder, projector = "encoder.safetensors", "projector.safetensors"
         self.write(encoder, lambda folder: save_module(folder.path / encoder, trainer.method.exported, text))
         self.write(projector, lambda folder: save_module(folder.path / projector, trainer.method.projector, text))
+        if isinstance(trainer.method, ImageText):
+            tower, name = trainer.method.text_tower, "text.safetensors"
+            self.write(name, lambda folder: save_module(folder.path / name, tower, text))
 
         def write(folder: RunFolder) -> None:
             if report and self.metrics:

@@ -39,7 +39,7 @@ def build_method(config: TrainConfig) -> Method:
     cls = method_of(config)
     torch.manual_seed(rng.step_seed(config.seed, 0, 0))
     encoder = build_encoder(config.encoder, config.data.image_size)
-    return cls(MethodSettings(config.method, encoder, config.seed))
+    return cls(MethodSettings(config.method, encoder, config.seed, config.batch.size))
 
 
 class Trainer:

@@ -61,8 +61,9 @@ def _try(config: TrainConfig, device: str) -> int:
     with torch.random.fork_rng(devices=[]), torch.device(device):
         method = build_method(replace(config, encoder=encoder)).train()
         samples = Samples(labels=torch.zeros(ENOUGH, dtype=torch.int64), indices=torch.arange(ENOUGH), epoch=0)
-        layout = config.augment.layout(side)
-        batch = Batch(tuple(torch.zeros(len(views), ENOUGH, 3, size, size) for size, _, views in layout), samples)
+        layout, tower = config.augment.layout(side), config.method.text_tower
+        text = torch.ones(ENOUGH, tower.context, dtype=torch.int64) if tower else None
+        batch = Batch(tuple(torch.zeros(len(views), ENOUGH, 3, size, size) for size, _, views in layout), samples, text)
         with _watched(method):
             embeddings = [z for z in method.embed_all(batch).values() if z.requires_grad]
             torch.autograd.backward(embeddings, [torch.ones_like(z) for z in embeddings])

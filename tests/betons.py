@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from dist_contrastive.data.beton import BetonWriter
-from dist_contrastive.data.format import NO_LABEL, TEST, TRAIN, Manifest, manifest_path
+from dist_contrastive.data.captions import CaptionOptions, write_captions
+from dist_contrastive.data.format import NO_LABEL, TEST, TRAIN, Manifest, captions_path, manifest_path
 
 
 def picture(height: int, width: int, seed: int) -> np.ndarray:
@@ -32,10 +33,18 @@ def decoded(data: bytes) -> np.ndarray:
     return np.array(Image.open(io.BytesIO(data)))
 
 
-def write_beton(path: Path, images: Sequence[np.ndarray | bytes], *, num_test: int = 0, num_classes: int = 3) -> Path:
+def write_beton(
+    path: Path,
+    images: Sequence[np.ndarray | bytes],
+    *,
+    num_test: int = 0,
+    num_classes: int = 3,
+    captions: CaptionOptions | None = None,
+) -> Path:
     """Write `images`, arrays uint8 [H, W, 3] (stored raw) or JPEGs, and their manifest; returns `path`.
 
-    The label of sample i is i modulo `num_classes` (0: no labels); the last `num_test` samples are the test split.
+    The label of sample i is i modulo `num_classes` (0: no labels); the last `num_test` samples are the test split. With options
+    for them, every image has two captions.
     """
     shapes = []
     with open(path, "wb") as file:
@@ -54,6 +63,10 @@ def write_beton(path: Path, images: Sequence[np.ndarray | bytes], *, num_test: i
         writer.finish()
     heights, widths = zip(*shapes, strict=True)
     content = path.read_bytes()
+    entry = None
+    if captions:
+        texts = [[f"{index} of {index % 3}", f"sample {index}"] for index in range(len(images))]
+        entry = write_captions(captions_path(path), texts, np.arange(len(images) - num_test), captions, None)
     manifest = Manifest(
         num_samples=len(images),
         num_train=len(images) - num_test,
@@ -70,6 +83,7 @@ def write_beton(path: Path, images: Sequence[np.ndarray | bytes], *, num_test: i
         left_out=(),
         num_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
+        captions=entry,
     )
     manifest_path(path).write_text(manifest.to_json(), encoding="utf-8")
     return path

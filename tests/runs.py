@@ -23,6 +23,7 @@ from dist_contrastive.config import (
     UserError,
     ViewConfig,
 )  # fmt: skip
+from dist_contrastive.data.captions import CaptionOptions
 from dist_contrastive.methods.simclr import SimCLRConfig
 from dist_contrastive.metrics import read_metrics
 from dist_contrastive.run import train
@@ -34,9 +35,18 @@ TIMES = {"images_per_s", "step_time_ms", "loader_wait_ms", "peak_memory_mib"}
 """Metrics that differ from run to run."""
 
 
-def write_dataset(folder: Path, *, num_classes: int = 3) -> Path:
+CAPTIONS = CaptionOptions(max_tokens=9, vocabulary=300)
+
+
+def write_dataset(folder: Path, *, num_classes: int = 3, captions: bool = False) -> Path:
     images = [picture(20, 20 + seed % 5, seed) for seed in range(NUM_TRAIN + NUM_TEST)]
-    return write_beton(folder / "tiny.beton", images, num_test=NUM_TEST, num_classes=num_classes)
+    return write_beton(
+        folder / "tiny.beton",
+        images,
+        num_test=NUM_TEST,
+        num_classes=num_classes,
+        captions=CAPTIONS if captions else None,
+    )
 
 
 def tiny_config(run_dir: Path, dataset: Path, *, norm: str = "batch", **changes: Any) -> TrainConfig:

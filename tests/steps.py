@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from dist_contrastive.batch import Batch, Samples
-from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, TrainConfig
+from dist_contrastive.config import EncoderConfig, HeadConfig, MethodConfig, TextConfig, TrainConfig
 from dist_contrastive.distributed import rank, world_size
 from dist_contrastive.methods import METHODS, Method
 from dist_contrastive.methods.base import Losses, MethodSettings
@@ -22,14 +22,16 @@ from dist_contrastive.step.replicas import DataParallel
 
 GLOBAL_BATCH = 8
 PROJECTOR = HeadConfig(layers=2, hidden_size=32, output_size=16)
+TEXT = TextConfig(vocabulary=300, context=9, width=16, layers=2, heads=2)
 SIDE = 16
 
 
 def small(name: str, projector: HeadConfig = PROJECTOR) -> MethodConfig:
-    """A method's config with few prototypes, where it has any."""
+    """A method's config with few prototypes and a small text tower, where it has any."""
     config = METHODS[name].Config(projector=projector)
     fewer: dict[str, Any] = {key: min(value, 32) for key, value in vars(config).items() if key.endswith("prototypes")}
-    return replace(config, **fewer)
+    text: dict[str, Any] = {"text": TEXT} if METHODS[name].needs_text else {}
+    return replace(config, **fewer, **text)
 
 
 def encoder_for(name: str, encoder: EncoderConfig) -> EncoderConfig:
@@ -38,8 +40,14 @@ def encoder_for(name: str, encoder: EncoderConfig) -> EncoderConfig:
 
 
 def with_small(config: TrainConfig, name: str, projector: HeadConfig = PROJECTOR) -> TrainConfig:
-    """The run of another method, small."""
-    return replace(config, method=small(name, projector), encoder=encoder_for(name, config.encoder))
+    """The run of another method, small, with no more views than it takes."""
+    groups = config.augment.groups[: METHODS[name].max_views]
+    return replace(
+        config,
+        method=small(name, projector),
+        encoder=encoder_for(name, config.encoder),
+        augment=replace(config.augment, groups=groups),
+    )
 
 
 def build(name: str, encoder: EncoderConfig) -> Method:
@@ -49,7 +57,7 @@ def build(name: str, encoder: EncoderConfig) -> Method:
 def build_from(config: MethodConfig, encoder: EncoderConfig) -> Method:
     torch.manual_seed(0)
     encoder = encoder_for(config.name, encoder)
-    method = METHODS[config.name](MethodSettings(config, build_encoder(encoder, SIDE), seed=0))
+    method = METHODS[config.name](MethodSettings(config, build_encoder(encoder, SIDE), seed=0, global_batch=8))
     # timm starts residual branches at zero, which would hide their gradients.
     for parameter in method.parameters():
         if parameter.ndim == 1 and not parameter.any():
@@ -64,7 +72,10 @@ def share_of_batch(method: Method, seed: int = 1, crops: int = 0) -> Batch:
     indices = torch.randperm(1000, generator=generator)[:GLOBAL_BATCH]
     if crops:
         views.append(torch.randn(crops, GLOBAL_BATCH, 3, SIDE // 2, SIDE // 2, generator=generator))
-    whole = Batch(tuple(views), Samples(labels=indices % 3, indices=indices, epoch=3))
+    lengths = torch.randint(2, TEXT.context + 1, (GLOBAL_BATCH, 1), generator=generator)
+    tokens = torch.randint(1, TEXT.vocabulary, (GLOBAL_BATCH, TEXT.context), generator=generator)
+    text = tokens * (torch.arange(TEXT.context) < lengths)
+    whole = Batch(tuple(views), Samples(labels=indices % 3, indices=indices, epoch=3), text)
     return whole.part(slice(rank() * GLOBAL_BATCH // world_size(), (rank() + 1) * GLOBAL_BATCH // world_size()))
 
 

@@ -27,7 +27,7 @@ def cpc(encoder: EncoderConfig = GROUP, *, image_size: int = 16, **options: Any)
     torch.manual_seed(0)
     projector = HeadConfig(layers=1, output_size=8)
     config = CPCConfig(projector=projector, context_size=8, **options)
-    return CPC(MethodSettings(config, build_encoder(encoder, image_size), seed=0))
+    return CPC(MethodSettings(config, build_encoder(encoder, image_size), seed=0, global_batch=8))
 
 
 def small_grid(encoder: EncoderConfig = GROUP) -> CPC:

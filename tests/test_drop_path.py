@@ -186,7 +186,9 @@ def test_a_teacher_drops_nothing() -> None:
     head = HeadConfig(layers=2, hidden_size=8, output_size=4)
     encoder = EncoderConfig(name="vit_w96_d4", norm="group", drop_path=RATE, dropout=0.5)
     torch.manual_seed(0)
-    method = BYOL(MethodSettings(BYOLConfig(projector=head), build_encoder(encoder, 16), seed=0)).train()
+    method = BYOL(
+        MethodSettings(BYOLConfig(projector=head), build_encoder(encoder, 16), seed=0, global_batch=8)
+    ).train()
     images = images_of(NUM_IMAGES)
     taught = teacher_of(method)(images)
     torch.testing.assert_close(taught, student_of(method).eval()(images))
@@ -199,7 +201,7 @@ def test_a_teacher_drops_nothing() -> None:
 def test_each_patch_of_cpc_has_paths_of_its_own() -> None:
     encoder = build_encoder(EncoderConfig(name="resnet10_w16", stem="small", norm="group", drop_path=RATE), 16)
     config = CPCConfig(projector=HeadConfig(layers=1, output_size=8), context_size=8, rows_ahead=1)
-    method = CPC(MethodSettings(config, encoder, seed=0)).train()
+    method = CPC(MethodSettings(config, encoder, seed=0, global_batch=8)).train()
     seen: list[Tensor] = []
 
     def note(module: KeyedDropPath, inputs: tuple[Tensor, ...]) -> None:

@@ -239,7 +239,7 @@ def test_ranks_give_the_loss_and_gradient_of_the_whole_batch(num_ranks: int) -> 
 def simclr_of_share(rank: int, z: np.ndarray, labels: np.ndarray, config: SimCLRConfig) -> tuple[float, np.ndarray]:
     """As `loss_of_share`, through SimCLR's own gathers of embeddings and labels."""
     encoder = build_encoder(EncoderConfig(name="resnet10_w16", stem="small"), 8)
-    method = SimCLR(MethodSettings(config, encoder, seed=0))
+    method = SimCLR(MethodSettings(config, encoder, seed=0, global_batch=8))
     share = z.shape[1] // distributed.world_size()
     mine = slice(rank * share, (rank + 1) * share)
     rows = torch.from_numpy(z[:, mine].copy()).requires_grad_()

@@ -211,7 +211,14 @@ def test_any_ranks_and_micro_batches_give_one_step(name: str, num_ranks: int, mi
 
 def test_an_encoder_without_patches_is_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"^--encoder.name resnet10_w16 has no patches; choose a vision transformer"):
-        IBOT(MethodSettings(IBOTConfig(projector=HEAD), build_encoder(EncoderConfig(name="resnet10_w16"), 16), seed=0))
+        IBOT(
+            MethodSettings(
+                IBOTConfig(projector=HEAD),
+                build_encoder(EncoderConfig(name="resnet10_w16"), 16),
+                seed=0,
+                global_batch=8,
+            )
+        )
 
 
 @pytest.mark.parametrize("ratio", [(0.0, 0.5), (0.5, 1.0), (0.5, 0.4)])

@@ -151,7 +151,7 @@ def config_of(name: str, run_dir: Path, dataset: Path, **changes: object) -> Tra
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
+    return write_dataset(tmp_path_factory.mktemp("data"), captions=True)
 
 
 @each_method

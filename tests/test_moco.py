@@ -29,7 +29,7 @@ HEAD = HeadConfig(layers=2, hidden_size=32, output_size=16)
 def small_moco(*, seed: int = 0, encoder: EncoderConfig = GROUP, norm_groups: int = 8) -> MoCo:
     torch.manual_seed(seed)
     config = MoCoConfig(projector=HEAD, queue=24, norm_groups=norm_groups)
-    return MoCo(MethodSettings(config, build_encoder(encoder, SIDE), seed=0))
+    return MoCo(MethodSettings(config, build_encoder(encoder, SIDE), seed=0, global_batch=8))
 
 
 def gradients(method: Method, loss: Tensor) -> list[Tensor]:

@@ -34,7 +34,7 @@ from dist_contrastive.trainer import build_method
 from dist_contrastive.trial import fewest_samples
 from tests.harness import RankError, run_ranks
 from tests.runs import GLOBAL_BATCH, NUM_TRAIN, STEPS_PER_EPOCH, losses_of, tiny_config, train_on_rank, write_dataset
-from tests.steps import encoder_for, small
+from tests.steps import TEXT, encoder_for, small
 
 HEAD = HeadConfig(layers=2, hidden_size=8, output_size=4)
 
@@ -216,7 +216,8 @@ def test_the_fewest_samples_are_those_that_a_real_pass_takes(name: str, norm: st
     for size in range(1, fewest + 1):
         method = build_method(config).train()
         samples = Samples(labels=torch.zeros(size, dtype=torch.int64), indices=torch.arange(size), epoch=0)
-        batch = Batch((torch.randn(config.augment.num_views, size, 3, 16, 16),), samples)
+        text = torch.ones(size, TEXT.context, dtype=torch.int64)
+        batch = Batch((torch.randn(config.augment.num_views, size, 3, 16, 16),), samples, text)
         if size < fewest:
             with pytest.raises(ValueError, match=r"more than (1|one) value per channel"):
                 method.embed_all(batch)

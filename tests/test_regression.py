@@ -187,7 +187,7 @@ def test_initial_weights_depend_on_torchs_seed_alone(method: Any, config: Any) -
     for seed in (0, 1):
         torch.manual_seed(7)
         head = HeadConfig(hidden_size=32, output_size=16)
-        built = method(MethodSettings(config(projector=head), build_encoder(GROUP, 16), seed))
+        built = method(MethodSettings(config(projector=head), build_encoder(GROUP, 16), seed, global_batch=8))
         states.append(built.state_dict())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())

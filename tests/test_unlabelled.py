@@ -40,7 +40,7 @@ def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"), num_classes=0)
+    return write_dataset(tmp_path_factory.mktemp("data"), num_classes=0, captions=True)
 
 
 def train_and_listen(rank: int, config: TrainConfig) -> str:

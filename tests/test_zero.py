@@ -50,7 +50,7 @@ def train_sharded(rank: int, config: TrainConfig, stage: int, offload: bool = Fa
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("data"))
+    return write_dataset(tmp_path_factory.mktemp("data"), captions=True)
 
 
 def of_method(name: str, run_dir: Path, dataset: Path, **changes: object) -> TrainConfig:

@@ -6,6 +6,7 @@ from dist_contrastive.config import TrainConfig, require
 from dist_contrastive.methods.barlow import Barlow
 from dist_contrastive.methods.base import Method
 from dist_contrastive.methods.byol import BYOL
+from dist_contrastive.methods.clip import CLIP
 from dist_contrastive.methods.cpc import CPC
 from dist_contrastive.methods.dino import DINO
 from dist_contrastive.methods.dinov2 import DINOv2
@@ -13,6 +14,7 @@ from dist_contrastive.methods.ibot import IBOT
 from dist_contrastive.methods.margin import Margin
 from dist_contrastive.methods.moco import MoCo
 from dist_contrastive.methods.mocov3 import MoCoV3
+from dist_contrastive.methods.siglip import SigLIP
 from dist_contrastive.methods.simclr import SimCLR
 from dist_contrastive.methods.simsiam import SimSiam
 from dist_contrastive.methods.swav import SwAV
@@ -20,7 +22,23 @@ from dist_contrastive.methods.vicreg import VICReg
 
 METHODS: dict[str, type[Method[Any]]] = {
     cls.Config.name: cls
-    for cls in (Margin, SimCLR, MoCo, MoCoV3, BYOL, SimSiam, Barlow, VICReg, CPC, DINO, IBOT, DINOv2, SwAV)
+    for cls in (
+        Margin,
+        SimCLR,
+        MoCo,
+        MoCoV3,
+        BYOL,
+        SimSiam,
+        Barlow,
+        VICReg,
+        CPC,
+        DINO,
+        IBOT,
+        DINOv2,
+        SwAV,
+        CLIP,
+        SigLIP,
+    )
 }
 """By the names that their configs give them."""
 

@@ -37,6 +37,8 @@ class MethodSettings(Generic[ConfigT]):
     encoder: Encoder
     seed: int
     """The run's, for what is random about a sample."""
+    global_batch: int
+    """Samples of one update over all ranks."""
 
 
 class Method(nn.Module, ABC, Generic[ConfigT]):
@@ -64,10 +66,12 @@ class Method(nn.Module, ABC, Generic[ConfigT]):
     multi_crop: ClassVar[bool] = False
     """Whether it takes views of other sizes beside them."""
     target: ClassVar[str | None] = None
-    """The embedding that the loss looks for and no gradient reaches, by the method's paper; None: gradient reaches all.
-    Where there is one, `z` is for the report alone, or is the target itself."""
+    """The embedding that the loss looks for, by the method's paper: `loss` detaches it, and what looks for it is `q`. None:
+    gradient reaches all. Where there is one, `z` is for the report alone, without gradient, or is the target itself."""
     needs_patches: ClassVar[bool] = False
     """Whether its encoder must be a vision transformer."""
+    needs_text: ClassVar[bool] = False
+    """Whether it learns from captions."""
     couples_samples: ClassVar[bool] = True
     """Whether the loss of a sample depends on other samples of its batch. If not, the loss is a mean over samples, and
     micro-batches need no gradient caching."""

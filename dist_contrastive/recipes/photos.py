@@ -17,11 +17,13 @@ from dist_contrastive.config import (
     MethodConfig,
     OptimConfig,
     ProbeConfig,
+    TextConfig,
     TrainConfig,
     ViewConfig,
 )  # fmt: skip
 from dist_contrastive.methods.barlow import BarlowConfig
 from dist_contrastive.methods.byol import BYOLConfig
+from dist_contrastive.methods.clip import CLIPConfig
 from dist_contrastive.methods.cpc import CPCConfig
 from dist_contrastive.methods.dino import DINOConfig
 from dist_contrastive.methods.dinov2 import DINOv2Config
@@ -29,6 +31,7 @@ from dist_contrastive.methods.ibot import IBOTConfig
 from dist_contrastive.methods.margin import MarginConfig
 from dist_contrastive.methods.moco import MoCoConfig
 from dist_contrastive.methods.mocov3 import MoCoV3Config
+from dist_contrastive.methods.siglip import SigLIPConfig
 from dist_contrastive.methods.simclr import SimCLRConfig
 from dist_contrastive.methods.simsiam import SimSiamConfig
 from dist_contrastive.methods.swav import SwAVConfig
@@ -297,3 +300,37 @@ def photos_swav() -> TrainConfig:
     Source:   Caron et al. 2020; 256 prototypes, without a queue.
     """
     return _multi_crop("photos_swav", SwAVConfig(projector=PROJECTOR, prototypes=256))
+
+
+TEXT = TextConfig(vocabulary=512, context=32, width=96, layers=2, heads=4)
+
+
+def _captions(recipe: str, method: MethodConfig) -> TrainConfig:
+    """The demonstration's encoder on patches with captions: one lightly cropped view of each."""
+    config = _method(recipe, method)
+    view = ViewConfig(crop_scale=(0.5, 1.0), jitter=0.0, grayscale=0.0, blur=0.0)
+    data = replace(config.data, path=Path("data/photo_captions.beton"))
+    return replace(config, data=data, augment=replace(config.augment, groups=(view,)))
+
+
+def photo_captions() -> TrainConfig:
+    """CLIP on described patches.
+
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photo_captions
+    Cost:     unknown, 2 cores; 14 epochs.
+    Expected: unknown; not measured yet.
+    Source:   Radford et al. 2021, with towers for two cores.
+    """
+    return _captions("photo_captions", CLIPConfig(projector=HeadConfig(layers=1, output_size=128), text=TEXT))
+
+
+def photo_captions_siglip() -> TrainConfig:
+    """SigLIP on described patches.
+
+    Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photo_captions_siglip
+    Cost:     unknown, 2 cores; 14 epochs.
+    Expected: unknown; not measured yet.
+    Source:   Zhai et al. 2023, with towers for two cores.
+    """
+    method = SigLIPConfig(projector=HeadConfig(layers=1, output_size=128), text=TEXT)
+    return _captions("photo_captions_siglip", method)

@@ -89,7 +89,7 @@ def _batch(config: TrainConfig, num_samples: int) -> Batch:
     """A batch as the loader gives it to a GPU: in pinned memory."""
     batch = example(config, num_samples)
     samples = replace(batch.samples, labels=pin(batch.samples.labels), indices=pin(batch.samples.indices))
-    return Batch(tuple(map(pin, batch.views)), samples)
+    return Batch(tuple(map(pin, batch.views)), samples, None if batch.text is None else pin(batch.text))
 
 
 def _note_embeddings(trainer: Trainer) -> list[int]:

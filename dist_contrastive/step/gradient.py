@@ -318,6 +318,9 @@ def concatenate(passed: Sequence[Embeddings], parts: Sequence[slice]) -> Embeddi
 
     Where only the first were `passed`, they stand for the others too.
     """
+    for one, part in zip(passed, parts, strict=False):
+        for name, value in one.items():
+            assert value.shape[1] == part.stop - part.start, f"{name} has its samples on the second axis: [V, B, ...]"
     repeated = [passed[number % len(passed)] for number in range(len(parts))]
     sizes = [part.stop - part.start for part in parts]
     return {

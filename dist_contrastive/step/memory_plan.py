@@ -142,7 +142,9 @@ def example(config: TrainConfig, num_samples: int) -> Batch:
         for size, _, views in config.augment.layout(config.data.image_size)
     ]
     indices = torch.arange(num_samples)
-    return Batch(tuple(views), Samples(labels=indices // 2, indices=indices, epoch=0))
+    tower = config.method.text_tower
+    text = torch.randint(1, tower.vocabulary, (num_samples, tower.context)) if tower else None
+    return Batch(tuple(views), Samples(labels=indices // 2, indices=indices, epoch=0), text)
 
 
 def rounded(micro: int) -> int:

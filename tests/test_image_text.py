@@ -1,0 +1,167 @@
+"""CLIP and SigLIP: their losses, their learnt scale and bias, their towers."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dist_contrastive import distributed
+from dist_contrastive.config import EncoderConfig, HeadConfig, ProbeConfig
+from dist_contrastive.evaluation import image_text as module
+from dist_contrastive.evaluation.image_text import recalls, zero_shot
+from dist_contrastive.methods.clip import CLIP, CLIPConfig
+from dist_contrastive.methods.image_text import ImageText
+from dist_contrastive.methods.siglip import SigLIP, SigLIPConfig
+from dist_contrastive.models.text import TextEncoder
+from tests.harness import RankError, run_ranks
+from tests.runs import tiny_config, train_on_rank, write_dataset
+from tests.steps import TEXT, build_from, clock_at, gradient_of, share_of_batch, step_gradient, with_small
+
+GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
+PROJECTOR = HeadConfig(layers=1, output_size=6)
+CONFIGS = {"clip": CLIPConfig(projector=PROJECTOR, text=TEXT), "siglip": SigLIPConfig(projector=PROJECTOR, text=TEXT)}
+each_config = pytest.mark.parametrize("name", CONFIGS)
+
+
+def built(name: str, **changes: Any) -> ImageText[Any]:
+    method = build_from(replace(CONFIGS[name], **changes), GROUP)
+    assert isinstance(method, ImageText)
+    return method
+
+
+def by_the_papers_loops(method: ImageText[Any], images: np.ndarray, texts: np.ndarray) -> float:
+    """CLIP, figure 3; SigLIP, equation 1; in float64, of [B, E] each."""
+    n = len(images)
+    scale = math.exp(method.get_parameter("log_scale").item())
+    logits = [[scale * float(images[i] @ texts[j]) for j in range(n)] for i in range(n)]
+    if isinstance(method, SigLIP):
+        pairs = [(1 if i == j else -1) * (logits[i][j] + method.bias.item()) for i in range(n) for j in range(n)]
+        return sum(math.log1p(math.exp(-z)) for z in pairs) / n
+    of_images = sum(math.log(sum(math.exp(x) for x in logits[i])) - logits[i][i] for i in range(n)) / n
+    of_texts = sum(math.log(sum(math.exp(logits[i][j]) for i in range(n))) - logits[j][j] for j in range(n)) / n
+    return (of_images + of_texts) / 2
+
+
+@each_config
+def test_the_loss_is_the_papers(name: str) -> None:
+    method, batch = built(name), share_of_batch(built(name))
+    embeddings = method.embed_all(batch)
+    for side in ("z", "text"):
+        torch.testing.assert_close(embeddings[side].norm(dim=-1), torch.ones(1, len(batch)))
+    arrays = [embeddings[side][0].detach().double().numpy() for side in ("z", "text")]
+    expected = by_the_papers_loops(method, *arrays)
+    assert method.loss(embeddings, batch.samples)["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_scale_and_bias_start_as_configured() -> None:
+    clip, siglip = built("clip", temperature=0.05), built("siglip")
+    assert clip.get_parameter("log_scale").exp().item() == pytest.approx(20)
+    assert siglip.get_parameter("log_scale").exp().item() == pytest.approx(10)
+    assert siglip.get_parameter("bias").item() == pytest.approx(-math.log(7))  # of a global batch of 8
+    assert built("siglip", bias=-3.0).get_parameter("bias").item() == -3
+
+
+def test_clips_scale_goes_no_further_than_a_hundred() -> None:
+    method = built("clip")
+    assert isinstance(method, CLIP)
+    batch = share_of_batch(method)
+    with torch.no_grad():
+        method.log_scale.fill_(math.log(100))
+        at_most = method.loss(method.embed_all(batch), batch.samples)["loss"]
+        method.log_scale.fill_(math.log(1000))
+    beyond = method.loss(method.embed_all(batch), batch.samples)["loss"]
+    assert beyond.item() == pytest.approx(at_most.item(), rel=1e-5)
+    beyond.backward()
+    assert method.log_scale.grad is not None
+    assert not method.log_scale.grad.any()
+
+
+def step_on_rank(rank: int, name: str, micro: int) -> tuple[float, dict[str, np.ndarray]]:
+    method = built(name)
+    outcome = step_gradient(method, micro).compute(share_of_batch(method), clock_at())
+    return distributed.all_gather(outcome.losses["loss"][None]).mean().item(), gradient_of(method)
+
+
+@each_config
+@pytest.mark.parametrize(("num_ranks", "micro"), [(1, 3), (2, 0), (2, 3), (4, 0), (4, 1)])
+def test_any_ranks_and_micro_batches_give_one_step_through_both_towers(name: str, num_ranks: int, micro: int) -> None:
+    ((loss, gradient),) = run_ranks(step_on_rank, 1, name, 0)
+    learnt = {"clip": {"log_scale"}, "siglip": {"log_scale", "bias"}}[name]
+    assert learnt | {"text.tokens.weight", "text.positions", "text_projector.weight"} <= gradient.keys()
+    for found, of_rank in run_ranks(step_on_rank, num_ranks, name, micro):
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert of_rank.keys() == gradient.keys()
+        for key, value in gradient.items():
+            np.testing.assert_allclose(of_rank[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+def test_a_captions_feature_does_not_depend_on_its_padding_and_depends_on_each_token() -> None:
+    torch.manual_seed(0)
+    tower = TextEncoder(TEXT).eval()
+    tokens = torch.tensor([[3, 5, 7, 2, 0, 0, 0, 0, 0]])
+    feature = tower(tokens)
+    torch.testing.assert_close(tower(tokens[:, :4]), feature)
+    for place in range(4):
+        other = tokens.clone()
+        other[0, place] = 11
+        assert (tower(other) - feature).abs().max() > 1e-3
+    assert (tower(tokens[:, [1, 0, 2, 3]]) - feature).abs().max() > 1e-4, "order matters"
+
+
+# Scores
+
+
+def test_recalls_are_those_of_sorting_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", 7)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.nn.functional.normalize(torch.randn(20, 5, generator=generator), dim=1)
+    owners = torch.arange(20).repeat_interleave(3)
+    captions = torch.nn.functional.normalize(images[owners] + 1.5 * torch.randn(60, 5, generator=generator), dim=1)
+    found = recalls(images, captions, owners)
+    similar = (images @ captions.T).numpy()
+    for k in (1, 5, 10):
+        of_images = [set(owners[np.argsort(-similar[i])[:k]].tolist()) for i in range(20)]
+        assert found[f"text_recall_at_{k}"] == pytest.approx(np.mean([i in own for i, own in enumerate(of_images)]))
+        of_texts = [int(owners[j]) in np.argsort(-similar[:, j])[:k] for j in range(60)]
+        assert found[f"image_recall_at_{k}"] == pytest.approx(np.mean(of_texts))
+    assert recalls(images[:3], captions[:3], owners[:3])["text_recall_at_10"] <= 1, "fewer than are looked for"
+
+
+def test_zero_shot_takes_the_nearest_class() -> None:
+    images = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    classes = torch.tensor([[3.0, 0.1], [0.0, 0.2]])
+    assert zero_shot(images, classes, torch.tensor([0, 0, 1])) == 1
+    assert zero_shot(images, classes, torch.tensor([1, 0, 1])) == pytest.approx(2 / 3)
+
+
+def test_a_run_scores_both_towers_beside_the_untrained_ones_alike_on_two_ranks(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "one", write_dataset(tmp_path, captions=True), norm="group", epochs=1)
+    config = replace(with_small(config, "clip"), probe=ProbeConfig())
+    run_ranks(train_on_rank, 1, config)
+    run_ranks(train_on_rank, 2, replace(config, run_dir=tmp_path / "two"))
+    one, two = (json.loads((tmp_path / run / "probe.json").read_text()) for run in ("one", "two"))
+    names = ["zero_shot_top1", *(f"{side}_recall_at_{k}" for side in ("text", "image") for k in (1, 5, 10))]
+    for name in (*names, *(f"init_{name}" for name in names)):
+        assert 0 <= one[name] <= 1
+        assert two[name] == pytest.approx(one[name], abs=0.07)
+    assert "linear_top1" in one
+    tower = load_file(tmp_path / "one" / "text.safetensors")
+    assert tower["projector.weight"].shape == (16, TEXT.width)
+
+
+def test_a_dataset_without_captions_or_with_more_tokens_is_refused(tmp_path: Path) -> None:
+    config = with_small(tiny_config(tmp_path / "run", write_dataset(tmp_path)), "clip")
+    with pytest.raises(RankError, match=r"tiny.beton has no captions, which clip learns from: pack pairs"):
+        run_ranks(train_on_rank, 1, config)
+    folder = tmp_path / "captions"
+    folder.mkdir()
+    method = replace(config.method, text=replace(TEXT, context=5))  # type: ignore[call-arg]
+    config = replace(config, data=replace(config.data, path=write_dataset(folder, captions=True)), method=method)
+    with pytest.raises(RankError, match=r"--method.text.context 5: the captions of .* need 9; give at least that"):
+        run_ranks(train_on_rank, 1, config)
