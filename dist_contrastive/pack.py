@@ -73,8 +73,8 @@ class PackConfig:
     max_side: int = MAX_SIDE
     """Images whose longest side has more pixels are reduced to it."""
     max_bad: int = MAX_BAD
-    """How many images may be left out because they can't be read; with more, nothing is written. Other files (captions,
-    lists) do not count."""
+    """How many images may be left out because they can't be read, or pairs that lack something; with more, nothing is
+    written. Files beside the images that are none do not count."""
     workers: int = 0
     """Threads that decode; 0 takes one for each usable core."""
     image_column: str = ""

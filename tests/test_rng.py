@@ -195,6 +195,17 @@ def test_keep_paths_drops_the_given_share_of_samples_by_key_and_layer_alone():
     assert rng.keep_paths(keys, 0, 0.0).all()
 
 
+@pytest.mark.parametrize("bound", [1, 2, 3, 7, 1000, 2**24])
+def test_integers_below_a_bound_are_all_of_them_and_uniform(bound: int) -> None:
+    keys = words(20_000)
+    numbers = rng.below(keys, bound)
+    assert np.array_equal(rng.below(torch.from_numpy(keys), torch.full((20_000,), bound)).numpy(), numbers)
+    assert 0 <= numbers.min() <= numbers.max() < bound
+    assert rng.below(np.array([-1]), bound)[0] == bound - 1, "all bits set"
+    if 1 < bound <= 7:
+        assert stats.chisquare(np.bincount(numbers, minlength=bound)).pvalue > SMALLEST_P
+
+
 def test_step_seeds_differ_and_fit_torchs_generator():
     seeds = [rng.step_seed(seed, step, rank) for seed in (0, 1) for step in range(100) for rank in range(8)]
     assert len(set(seeds)) == len(seeds)

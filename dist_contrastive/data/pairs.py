@@ -151,11 +151,10 @@ def _image_of(value: object, where: str) -> str:
     """The path that a row gives for its image."""
     if value is None or value == "":
         raise _BadPairError("no image")
-    require(
-        isinstance(value, str),
-        f"{where}: the image is no path but {_kind(value)}; write the images to files, or to tar shards",
-    )
-    assert isinstance(value, str)
+    if not isinstance(value, str):
+        raise UserError(
+            f"{where}: the image is no path but {_kind(value)}; write the images to files, or to tar shards"
+        )
     require(
         not _URL.match(value),
         f"{where}: the image is a URL ({value}); download the images first (img2dataset writes tar shards that pack reads)",
@@ -320,8 +319,8 @@ def _record(text: str | bytes, where: str) -> dict[str, object]:
         raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}); repair it") from error
-    require(isinstance(record, dict), f"{where} is no JSON object; give one with an image and a caption")
-    assert isinstance(record, dict)
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is no JSON object; give one with an image and a caption")
     return record
 
 
@@ -382,14 +381,15 @@ def _of_shards(shards: Sequence[Path], columns: Columns) -> Listing:
             except _BadPairError as error:
                 listing.bad.append(LeftOut(where, str(error)))
     require(bool(listing.pairs or listing.bad), f"{shards[0]} has no images with captions beside them")
-    with_label = [pair for pair in listing.pairs if pair.label is not None]
-    for what, given in (("label", with_label), ("split", [pair for pair in listing.pairs if pair.split is not None])):
-        without = next((pair for pair in listing.pairs if getattr(pair, what) is None), None)
-        require(
-            not given or without is None,
-            f"{without.where if without else ''} has no {what} in its .json, and {given[0].where if given else ''} has one: give "
-            "all of them one, or none",
-        )
+    for what in ("label", "split"):
+        having: list[Pair] = []
+        lacking: list[Pair] = []
+        for pair in listing.pairs:
+            (lacking if getattr(pair, what) is None else having).append(pair)
+        if having and lacking:
+            raise UserError(
+                f"{lacking[0].where} has no {what} in its .json, and {having[0].where} has one: give all of them one, or none"
+            )
     return listing
 
 

@@ -168,16 +168,18 @@ def read_templates(given: str) -> tuple[str, ...]:
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"--caption-templates {given} is not UTF-8 ({error.reason}); convert it") from error
-    templates = {line.strip(): number for number, line in reversed(list(enumerate(lines, 1))) if line.strip()}
+    templates: dict[str, None] = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        require(
+            not line or CLASS_PLACE in line,
+            f"--caption-templates {given} line {number} has no {CLASS_PLACE}; write a photo of a {CLASS_PLACE}.",
+        )
+        if line:
+            templates[line] = None
     require(
         bool(templates), f"--caption-templates {given} is empty; give one template a line (a photo of a {CLASS_PLACE}.)"
     )
-    for template, number in templates.items():
-        require(
-            CLASS_PLACE in template,
-            f"--caption-templates {given} line {number} has no {CLASS_PLACE}; write a photo of a {CLASS_PLACE}.",
-        )
-    return tuple(sorted(templates, key=templates.__getitem__))
+    return tuple(templates)
 
 
 def patch_positions(photo: int, split: int, height: int, width: int) -> np.ndarray:
