@@ -112,6 +112,11 @@ def test_a_captions_feature_does_not_depend_on_its_padding_and_depends_on_each_t
         other[0, place] = 11
         assert (tower(other) - feature).abs().max() > 1e-3
     assert (tower(tokens[:, [1, 0, 2, 3]]) - feature).abs().max() > 1e-4, "order matters"
+    with_zero = torch.tensor([[3, 0, 7, 2, 0, 0, 0, 0, 0]])
+    torch.testing.assert_close(tower(with_zero[:, :4]), tower(with_zero))
+    other = with_zero.clone()
+    other[0, 3] = 11
+    assert (tower(other) - tower(with_zero)).abs().max() > 1e-3, "its last token is the one before the padding"
 
 
 # Scores

@@ -56,5 +56,6 @@ class TextEncoder(nn.Module):
         # No token sees what follows it, so that padding does not matter.
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=x.device, dtype=x.dtype)
         x = self.norm(self.blocks(x, mask=mask, is_causal=True))
-        last = (tokens != PADDING).sum(1).clamp(min=1) - 1
+        # The last token that is no padding: a given tokenizer may have a token of the same number within captions.
+        last = length - 1 - (tokens != PADDING).flip(1).to(torch.int8).argmax(1)
         return x.gather(1, last[:, None, None].expand(-1, 1, x.shape[-1])).squeeze(1)
