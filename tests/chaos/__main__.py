@@ -213,7 +213,9 @@ def lose_checkpoints(run: Run, draw: random.Random) -> None:
 
 
 def delete_folder(run: Run, draw: random.Random) -> None:
-    shutil.rmtree(run.folder, ignore_errors=True)
+    # At once, as far as the run can see: one that is deleted file by file may get a new checkpoint meanwhile, which stays.
+    gone = run.folder.rename(run.folder.with_name(f"{run.folder.name}.deleted"))
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def second_launch(run: Run, draw: random.Random) -> None:
