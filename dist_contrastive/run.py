@@ -138,7 +138,7 @@ class Run:
             config,
             accelerator,
             steps_per_epoch=steps_per_epoch(len(dataset.indices(TRAIN)), config.batch.size),
-            dataset_sha256=dataset.manifest.sha256,
+            dataset_sha256=dataset.manifest.identity,
             fewest=fewest,
         )
         self.probe: ProbeRunner | None = None
@@ -479,7 +479,7 @@ class Run:
         text = {
             "config": json.dumps(to_dict(config)),
             "step": str(trainer.step),
-            "dataset_sha256": self.dataset.manifest.sha256,
+            "dataset_sha256": self.dataset.manifest.identity,
         }
         encoder, projector = "encoder.safetensors", "projector.safetensors"
         self.write(encoder, lambda folder: save_module(folder.path / encoder, trainer.method.exported, text))

@@ -86,7 +86,7 @@ def probe(
         dataset.manifest.has_labels,
         f"{dataset.path} {dataset.manifest.describe_labels()}, and probes need some: give a dataset that has with --data",
     )
-    transfers = dataset.manifest.sha256 != trained.dataset_sha256
+    transfers = dataset.manifest.identity != trained.dataset_sha256
     require(
         not transfers or data is not None,
         f"{dataset.path} is no longer the dataset that {run} was trained on (its SHA-256 differs): --data PATH names where "
@@ -127,7 +127,7 @@ def _name(trained: TrainedEncoder, dataset: Dataset, checkpoint: int | None, tra
     """The name, without ending, of the file in `probes/`."""
     parts = []
     if transfers:
-        parts += ["transfer", re.sub(r"[^\w.-]+", "_", dataset.path.stem), dataset.manifest.sha256[:SUM_DIGITS]]
+        parts += ["transfer", re.sub(r"[^\w.-]+", "_", dataset.path.stem), dataset.manifest.identity[:SUM_DIGITS]]
     if checkpoint is not None or not transfers:
         parts.append(f"step-{trained.step:08d}")
     return "-".join(parts)

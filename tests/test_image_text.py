@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 
 from dist_contrastive import distributed
 from dist_contrastive.config import EncoderConfig, HeadConfig, ProbeConfig
+from dist_contrastive.data.beton import open_dataset
 from dist_contrastive.evaluation import image_text as module
 from dist_contrastive.evaluation.image_text import recalls, zero_shot
 from dist_contrastive.methods.clip import CLIP, CLIPConfig
 from dist_contrastive.methods.image_text import ImageText
 from dist_contrastive.methods.siglip import SigLIP, SigLIPConfig
 from dist_contrastive.models.text import TextEncoder
+from tests import runs
 from tests.harness import RankError, run_ranks
 from tests.runs import tiny_config, train_on_rank, write_dataset
 from tests.steps import TEXT, build_from, clock_at, gradient_of, share_of_batch, step_gradient, with_small
@@ -170,3 +172,16 @@ def test_a_dataset_without_captions_or_with_more_tokens_is_refused(tmp_path: Pat
     config = replace(config, data=replace(config.data, path=write_dataset(folder, captions=True)), method=method)
     with pytest.raises(RankError, match=r"--method.text.context 5: the captions of .* need 9; give at least that"):
         run_ranks(train_on_rank, 1, config)
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path, captions=True)
+    config = with_small(tiny_config(tmp_path / "run", path, stop_after_steps=2), "clip")
+    run_ranks(train_on_rank, 1, config)
+    images = open_dataset(path).manifest.sha256
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "CAPTIONS", replace(runs.CAPTIONS, vocabulary=280))
+        write_dataset(tmp_path, captions=True)
+    assert open_dataset(path).manifest.sha256 == images, "the captions alone are others"
+    with pytest.raises(RankError, match=r"was trained on another dataset than .*tiny.beton; give the same file"):
+        run_ranks(train_on_rank, 1, replace(config, stop_after_steps=4))

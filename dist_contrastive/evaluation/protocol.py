@@ -200,7 +200,7 @@ class ProbeRunner:
             "images": f"centre crop {self.data.eval_crop:g}, {self.data.image_size} px, without augmentation",
             "num_train": self.dataset.manifest.num_train,
             "num_test": self.dataset.manifest.num_test,
-            "dataset_sha256": self.dataset.manifest.sha256,
+            "dataset_sha256": self.dataset.manifest.identity,
             "classes": list(self.dataset.manifest.classes),
         }
 
