@@ -84,6 +84,12 @@ def test_clips_scale_goes_no_further_than_a_hundred() -> None:
     assert not method.log_scale.grad.any()
 
 
+def test_a_scale_that_sinks_is_told_of_and_one_that_rises_is_not() -> None:
+    method = built("clip")
+    assert "has sunk to 1.05: pairs are not told apart" in method.alarm({"logit_scale": 1.05}, clock_at())
+    assert method.alarm({"logit_scale": 100.0}, clock_at()) == ""
+
+
 def step_on_rank(rank: int, name: str, micro: int) -> tuple[float, dict[str, np.ndarray]]:
     method = built(name)
     outcome = step_gradient(method, micro).compute(share_of_batch(method), clock_at())

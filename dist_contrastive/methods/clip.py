@@ -1,6 +1,7 @@
 """CLIP (Radford et al. 2021, "Learning transferable visual models from natural language supervision")."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -14,9 +15,12 @@ from dist_contrastive.config import require_positive
 from dist_contrastive.losses.infonce import indexed_nce
 from dist_contrastive.methods.base import Embeddings, Losses, MethodSettings, Report
 from dist_contrastive.methods.image_text import ImageText, ImageTextConfig
+from dist_contrastive.schedules import Clock
 
 LARGEST_SCALE = 100.0
 """Of the logits (section 2.5)."""
+SUNKEN_SCALE = 2.0
+"""A scale that has come down to this says that no pair is told from others; one that rises to the largest is as it should be."""
 
 
 @dataclass(frozen=True)
@@ -50,3 +54,11 @@ class CLIP(ImageText[CLIPConfig]):
     def report(self, embeddings: Embeddings, *, logged: bool) -> Report:
         scale = self.log_scale.detach().exp().clamp(max=LARGEST_SCALE)
         return {**super().report(embeddings, logged=logged), "logit_scale": scale}
+
+    def alarm(self, values: Mapping[str, float], clock: Clock) -> str:
+        if values["logit_scale"] > SUNKEN_SCALE:
+            return ""
+        return (
+            f"the learnt scale of the logits has sunk to {values['logit_scale']:.2f}: pairs are not told apart; are captions "
+            "those of their images? A smaller learning rate or a larger batch may help"
+        )
