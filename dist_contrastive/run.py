@@ -413,12 +413,12 @@ class Run:
 
     def untrained(self) -> Method:
         """The method as it was before the first step: its weights are a function of the config."""
-        return build_method(self.config).to(self.trainer.device)
+        return build_method(self.config)
 
     def _baselines(self, probe: ProbeRunner) -> dict[str, Any]:
         untrained = self.untrained()
         of_towers = {f"init_{name}": value for name, value in self._score_towers(untrained).items()}
-        return {**probe.baselines(untrained.exported), **of_towers}
+        return {**probe.baselines(untrained.exported.to(self.trainer.device)), **of_towers}
 
     def _score_towers(self, method: Method) -> dict[str, float]:
         """Zero-shot and retrieval, where there is a text tower."""
@@ -428,7 +428,7 @@ class Run:
         runner = ImageTextRunner(
             self.dataset, data=config.data, augment=config.augment, device=self.trainer.device, threads=self.threads
         )
-        return runner.score(method)
+        return runner.score(method.to(self.trainer.device))
 
     def _on_fault(self, line: str) -> None:
         """Ranks are missing, or the launcher: this process is about to end."""
@@ -467,7 +467,7 @@ class Run:
             config,
             self.dataset,
             encoder=trainer.method.exported,
-            untrained=self.untrained().exported,
+            untrained=self.untrained().exported.to(trainer.device),
             device=trainer.device,
             threads=self.threads,
             schedules=trainer.planned_schedules(),

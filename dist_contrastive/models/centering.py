@@ -56,9 +56,9 @@ class MeanCentering(Centering):
     def follow(self, targets: Tensor, prototypes: Tensor, weights: Tensor | None = None) -> None:
         counted = targets.new_ones(len(targets)) if weights is None else (weights > 0).to(targets.dtype)
         sums = torch.cat([counted @ targets, counted.sum()[None]])
-        *_, count = sums = distributed.all_reduce_sum(sums)
+        sums = distributed.all_reduce_sum(sums)
         # The mean logits are those of the mean embedding.
-        logits = prototypes @ (sums[:-1] / count.clamp(min=1))
+        logits = prototypes @ (sums[:-1] / sums[-1].clamp(min=1))
         self.center.lerp_(logits, 1 - self.momentum)
 
 
