@@ -223,6 +223,8 @@ class _Watch:
         self._arrivals = 0
         self._store_failures = 0
         self._named = False
+        self._line = ""
+        """How it was named, where this rank said so."""
         self._lock = threading.RLock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -271,6 +273,8 @@ class _Watch:
                 _listener(mistake)
             return mistake
         missing = {rank: fate for rank, fate in missing.items() if fate != REFUSED}
+        if self._line and _listener:  # named by now, and the error that came of it was told since
+            _listener(self._line)
         self._name(missing)
         if not missing:
             self._state = FAILED
@@ -388,7 +392,8 @@ class _Watch:
             by_fate.setdefault(fate, []).append(str(rank))
         what = ", ".join(f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} {fate}" for fate, ranks in by_fate.items())
         where = f"at step {_step}" if _step else "before the first step"
+        self._line = f"{what} (rank {self.rank} waited for {'it' if len(missing) == 1 else 'them'} {where})"
         _tell(
-            f"{what} (rank {self.rank} waited for {'it' if len(missing) == 1 else 'them'} {where})",
+            self._line,
             "what was saved is kept, and the same command goes on from there",
         )
