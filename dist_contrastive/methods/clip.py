@@ -41,7 +41,8 @@ class CLIP(ImageText[CLIPConfig]):
 
     def __init__(self, settings: MethodSettings[CLIPConfig]) -> None:
         super().__init__(settings)
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(self.config.temperature)))
+        # With an axis: DeepSpeed takes no parameters without.
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(self.config.temperature)]))
 
     def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
         images, texts = embeddings["z"][0], embeddings["text"][0]
@@ -52,7 +53,7 @@ class CLIP(ImageText[CLIPConfig]):
         return {"loss": (of_images + of_texts) / 2, "of_images": of_images, "of_texts": of_texts}
 
     def report(self, embeddings: Embeddings, *, logged: bool) -> Report:
-        scale = self.log_scale.detach().exp().clamp(max=LARGEST_SCALE)
+        scale = self.log_scale.detach()[0].exp().clamp(max=LARGEST_SCALE)
         return {**super().report(embeddings, logged=logged), "logit_scale": scale}
 
     def alarm(self, values: Mapping[str, float], clock: Clock) -> str:

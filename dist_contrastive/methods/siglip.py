@@ -42,8 +42,9 @@ class SigLIP(ImageText[SigLIPConfig]):
     def __init__(self, settings: MethodSettings[SigLIPConfig]) -> None:
         super().__init__(settings)
         bias = -math.log(settings.global_batch - 1) if self.config.bias == "auto" else self.config.bias
-        self.log_scale = nn.Parameter(torch.tensor(math.log(self.config.scale)))
-        self.bias = nn.Parameter(torch.tensor(float(bias)))
+        # With an axis: DeepSpeed takes no parameters without.
+        self.log_scale = nn.Parameter(torch.tensor([math.log(self.config.scale)]))
+        self.bias = nn.Parameter(torch.tensor([float(bias)]))
 
     def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
         images, texts = embeddings["z"][0], embeddings["text"][0]
@@ -54,5 +55,8 @@ class SigLIP(ImageText[SigLIPConfig]):
         return {"loss": sigmoid_loss(anchors, distributed.gather_with_grad(others), offset=offset)}
 
     def report(self, embeddings: Embeddings, *, logged: bool) -> Report:
-        learnt: dict[str, Tensor] = {"logit_scale": self.log_scale.detach().exp(), "logit_bias": self.bias.detach()}
+        learnt: dict[str, Tensor] = {
+            "logit_scale": self.log_scale.detach()[0].exp(),
+            "logit_bias": self.bias.detach()[0],
+        }
         return {**super().report(embeddings, logged=logged), **learnt}
