@@ -193,13 +193,17 @@ class Method(nn.Module, ABC, Generic[ConfigT]):
 
     def project_views(self, views: Tensor, samples: Samples, first: int = 0) -> Tensor:
         """As `project`, of views [V, B, 3, S, S] of one size, which are numbered from `first`."""
-        keys = torch.cat([self.keys(samples, view) for view in range(first, first + len(views))])
+        keys = self.keys_of_views(samples, len(views), first)
         features = self.dropout(self.encoder(views.flatten(0, 1), keys), keys)
         return self.projector(features).float().unflatten(0, views.shape[:2])
 
     def keys(self, samples: Samples, view: int) -> Tensor:
         """int64 [B]: what keys everything random about a view of these samples."""
         return sample_keys(self.seed, samples.epoch, samples.indices, view)
+
+    def keys_of_views(self, samples: Samples, num_views: int, first: int = 0) -> Tensor:
+        """int64 [V·B]: those of the views from number `first` on, view by view."""
+        return torch.cat([self.keys(samples, view) for view in range(first, first + num_views)])
 
 
 def numbered(views: Sequence[Tensor]) -> list[tuple[Tensor, int]]:

@@ -118,7 +118,7 @@ class CPC(Method[CPCConfig]):
 
     def _patch_keys(self, samples: Samples, num_views: int) -> Tensor:
         """A key int64 [V·B·G·G] for each patch."""
-        keys = torch.cat([self.keys(samples, view) for view in range(num_views)])
+        keys = self.keys_of_views(samples, num_views)
         return fold(keys[:, None], torch.arange(self.side**2, device=keys.device)).flatten()
 
     def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:

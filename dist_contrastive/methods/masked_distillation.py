@@ -89,7 +89,7 @@ class MaskedDistillation(SelfDistillation[MaskedT], Generic[MaskedT]):
 
     def masks(self, views: Tensor, samples: Samples) -> Tensor:
         """Which patches of `views` [W, B, 3, S, S] are masked, bool [W·B, T]: a function of the samples alone."""
-        keys = torch.cat([self.keys(samples, view) for view in range(len(views))])
+        keys = self.keys_of_views(samples, len(views))
         side = self.encoder.grid(views.shape[-1])
         return block_masks(keys, side, probability=self.config.mask_probability, ratio=self.config.mask_ratio)
 
@@ -100,7 +100,7 @@ class MaskedDistillation(SelfDistillation[MaskedT], Generic[MaskedT]):
     def embed(self, batch: Batch) -> Embeddings:
         views, samples = batch.views[0], batch.samples
         mask, shape = self.masks(views, samples), views.shape[:2]
-        keys = torch.cat([self.keys(samples, view) for view in range(len(views))])
+        keys = self.keys_of_views(samples, len(views))
         features = self.encoder.features(views.flatten(0, 1), keys=keys, mask=mask, mask_token=self.mask_token)
         q = self.projector(self.dropout(features.pooled, keys)).unflatten(0, shape)
         others = [self.project_views(more, samples, first) for more, first in numbered(batch.views)[1:]]
