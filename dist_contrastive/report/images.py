@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dist_contrastive.report.inputs import RunReport, Section, class_name, shorten, unit_rows
+from dist_contrastive.report.inputs import RunReport, Section, class_name, shorten, spread_over_classes, unit_rows
 from dist_contrastive.report.style import GREEN, INK, VERMILION, WIDTH
 
 NUM_QUERIES, NUM_NEIGHBOURS, MAX_VIEW_SAMPLES = 8, 8, 8
@@ -47,9 +47,7 @@ def neighbours(inputs: RunReport) -> tuple[Section, Figure | None]:
         ), None
     classes = np.zeros(len(features), np.int64) if labels is None else np.asarray(labels)
     images = _as_rgb(thumbnails if thumbnails.ndim == 4 else thumbnails[..., None])
-    order = np.random.default_rng(1).permutation(len(classes))
-    first_of_class = np.sort(np.unique(classes[order], return_index=True)[1])
-    queries = np.concatenate([order[first_of_class], np.delete(order, first_of_class)])[:NUM_QUERIES]
+    queries = spread_over_classes(classes, NUM_QUERIES)
     unit = np.nan_to_num(unit_rows(features))
     similarity = unit[queries] @ unit.T
     similarity[np.arange(len(queries)), queries] = -np.inf

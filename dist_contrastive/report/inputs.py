@@ -91,7 +91,20 @@ def class_name(inputs: RunReport, label: int) -> str:
     return str(inputs.class_names[label]) if 0 <= label < len(inputs.class_names) else f"class {label}"
 
 
-def shorten(text: str, length: int) -> str:
-    """One printable line of at most `length` characters. A dollar sign would start a formula in matplotlib."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split()).replace("$", r"\$")
+def spread_over_classes(labels: np.ndarray, count: int) -> np.ndarray:
+    """Positions int64 of `count` samples with `labels` [N] (fewer where there are no more), of different classes as far as
+    there are, always the same ones: sections that show examples show the same."""
+    order = np.random.default_rng(1).permutation(len(labels))
+    first_of_class = np.sort(np.unique(labels[order], return_index=True)[1])
+    return np.concatenate([order[first_of_class], np.delete(order, first_of_class)])[:count]
+
+
+def one_line(text: str, length: int) -> str:
+    """One printable line of at most `length` characters."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def shorten(text: str, length: int) -> str:
+    """`one_line` for matplotlib, in which a dollar sign would start a formula."""
+    return one_line(text, length).replace("$", r"\$")
