@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dist_contrastive import distributed
+from dist_contrastive import distributed, signals
 from dist_contrastive.config import AugmentConfig, DataConfig
 from dist_contrastive.data.beton import Dataset
+from dist_contrastive.data.captions import Captions
 from dist_contrastive.data.format import TEST
 from dist_contrastive.evaluation.features import extract, frozen
 from dist_contrastive.methods.image_text import ImageText
@@ -43,7 +44,7 @@ class ImageTextRunner:
 
         def measure() -> dict[str, float]:
             with frozen(method):
-                images = F.normalize(method.projector(features).float(), dim=-1)
+                images = embed_images(method, features)
                 captions = self._embed(method, [text for own in texts for text in own])
                 scores = recalls(images, captions, owners)
                 names = self.dataset.manifest.classes
@@ -58,8 +59,21 @@ class ImageTextRunner:
 
     def _embed(self, method: ImageText[Any], texts: Sequence[str]) -> Tensor:
         """Embeddings [n, E] of texts."""
-        tokens = self.captions.encode(texts)
-        return torch.cat([method.embed_text(part.to(self.device)) for part in tokens.split(BATCH_SIZE)])
+        return embed_texts(method, self.captions, texts, self.device)
+
+
+def embed_images(method: ImageText[Any], features: Tensor) -> Tensor:
+    """Embeddings float32 [n, E], of unit length, of images with `features` [n, D] of `method`'s encoder; it is frozen."""
+    return F.normalize(method.projector(features).float(), dim=-1)
+
+
+def embed_texts(method: ImageText[Any], captions: Captions, texts: Sequence[str], device: torch.device) -> Tensor:
+    """Embeddings float32 [n, E], of unit length, of `texts` as the tokenizer of `captions` reads them; `method` is frozen."""
+    parts = []
+    for tokens in captions.encode(texts).split(BATCH_SIZE):
+        signals.give_way()
+        parts.append(method.embed_text(tokens.to(device)))
+    return torch.cat(parts)
 
 
 @torch.no_grad()
