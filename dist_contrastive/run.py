@@ -466,7 +466,7 @@ class Run:
         report = collect_report(
             config,
             self.dataset,
-            encoder=trainer.method.exported,
+            method=trainer.method,
             untrained=self.untrained().exported.to(trainer.device),
             device=trainer.device,
             threads=self.threads,

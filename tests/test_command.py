@@ -66,7 +66,7 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_finished_run_has_everything(finished: Path) -> None:
     for name in ("config.json", "machine.json", "report.html", "DONE"):
         assert (finished / name).is_file(), name
-    assert {path.stem for path in (finished / "plots").glob("*.png")} == set(PLOT_NAMES)
+    assert {path.stem for path in (finished / "plots").glob("*.png")} == set(PLOT_NAMES) - {"attention"}
     assert load_file(finished / "encoder.safetensors")
     assert load_file(finished / "projector.safetensors")
     assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == [

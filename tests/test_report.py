@@ -20,14 +20,26 @@ from dist_contrastive import report
 from dist_contrastive.config import to_dict
 from dist_contrastive.recipes import RECIPES
 from dist_contrastive.report import PLOT_NAMES, SECTIONS, RunReport, write_report
+from dist_contrastive.report.captions import retrieval
 from dist_contrastive.report.curves import learning_rate, loss, per_class, positive_cosine, throughput
-from dist_contrastive.report.inputs import Section, unit_rows
+from dist_contrastive.report.images import MAX_HEADS, attention, neighbours
+from dist_contrastive.report.inputs import (
+    Attention,
+    CaptionSearch,
+    FoundCaption,
+    ImageSearch,
+    Retrieval,
+    Section,
+    spread_over_classes,
+    unit_rows,
+)
 from dist_contrastive.report.style import STYLE
 from dist_contrastive.schedules import ema_momentum
 from dist_contrastive.schedules import learning_rate as scheduled_rate
 
 CLASSES = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina")
 SIZE = 32
+CAT = FoundCaption("a cat", 0.5, 2)
 
 
 def metrics(num_steps: int) -> list[dict[str, Any]]:
@@ -48,6 +60,12 @@ def metrics(num_steps: int) -> list[dict[str, Any]]:
         }
         for step in range(1, num_steps + 1)
     ]
+
+
+def _shares(noise: np.random.Generator, *shape: int) -> np.ndarray:
+    """Attention float32 whose last two axes sum to 1."""
+    weights = noise.random(shape)
+    return (weights / weights.sum((-2, -1), keepdims=True)).astype(np.float32)
 
 
 def whole_run(folder: Path, num_samples: int = 240) -> RunReport:
@@ -75,6 +93,16 @@ def whole_run(folder: Path, num_samples: int = 240) -> RunReport:
         features=(centers[labels] + 0.8 * noise.normal(size=(num_samples, SIZE))).astype(np.float32),
         labels=labels,
         thumbnails=images,
+        attention=Attention(images[:8], _shares(noise, 8, 3, 4, 4), _shares(noise, 8, 4, 4)),
+        retrieval=Retrieval(
+            num_images=num_samples,
+            num_captions=2 * num_samples,
+            images=[
+                ImageSearch(image, [CAT], [FoundCaption("a dog", 0.6, 1), CAT])
+                for image in range(10)
+            ],
+            captions=[CaptionSearch("a cat", [(4, 0.7, True), (3, -0.2, False)])],
+        ),
         spectrum=np.logspace(0, -2, SIZE),
         untrained_spectrum=np.logspace(0, -6, SIZE),
         views=[noise.integers(0, 256, size=(8, 2, side, side, 3)).astype(np.uint8) for side in (16, 8)],
@@ -138,7 +166,8 @@ def test_the_page_is_one_file_that_needs_nothing_else(whole: tuple[Path, str]) -
     page = Page(text)
     pictures = [reference for reference in page.references if reference.startswith("data:image/png;base64,")]
     anchors = [reference for reference in page.references if reference.startswith("#")]
-    assert len(pictures) == len(PLOT_NAMES)
+    in_table = 10 + 2  # of the images that look for captions, and of those that captions find
+    assert len(pictures) == len(PLOT_NAMES) + in_table
     assert len(pictures) + len(anchors) == len(page.references)
     assert {anchor[1:] for anchor in anchors} == set(page.ids)
     assert len(page.ids) == len(set(page.ids))
@@ -254,7 +283,7 @@ def hues(figure: Figure) -> list[float]:
 
 def drawn(inputs: RunReport) -> list[tuple[Section, Figure]]:
     with matplotlib.rc_context(STYLE):
-        sections = [draw(inputs) for draw in SECTIONS]
+        sections = [drawn for draw in SECTIONS if (drawn := draw(inputs))]
     return [(section, figure) for section, figure in sections if figure is not None]
 
 
@@ -402,7 +431,7 @@ def test_what_a_run_lacks_leaves_the_rest_alone(tmp_path: Path, lacking: dict[st
 def test_without_labels_the_page_holds_and_claims_no_classes(tmp_path: Path) -> None:
     free = {"alignment": 0.21, "uniformity": -2.5, "effective_rank": 17.25}
     probe = {**free, **{f"init_{name}": 2 * value for name, value in free.items()}, "epoch": 3, "history": []}
-    report = replace(whole_run(tmp_path, num_samples=40), labels=None, class_names=(), probe=probe)
+    report = replace(whole_run(tmp_path, num_samples=40), labels=None, class_names=(), probe=probe, retrieval=None)
     text = Page(write_report(report).read_text()).text
     assert {path.stem for path in (tmp_path / "plots").iterdir()} == set(PLOT_NAMES) - {"probe", "per_class"}
     for words in ("The dataset has no labels", "Alignment", "0.21", "−2.50", "17.25", "34.50"):
@@ -411,7 +440,7 @@ def test_without_labels_the_page_holds_and_claims_no_classes(tmp_path: Path) -> 
         assert words not in text
     shown = text[: text.index("Left out")]
     for word in ("class", "Green", "✓", "% of those shown"):
-        assert word not in re.sub(r"classif\w+", "", shown), word
+        assert word not in re.sub(r"classif\w+|class token", "", shown), word
 
 
 @pytest.mark.parametrize(("saw", "words"), [(False, "which training never saw"), (True, "which training saw, too")])
@@ -472,3 +501,153 @@ def test_grey_images_and_few_of_them(tmp_path: Path) -> None:
     )  # fmt: skip
     write_report(few)
     assert {path.stem for path in (tmp_path / "plots").iterdir()} == set(PLOT_NAMES) - {"map"}
+
+
+# What a vision transformer looks at
+
+
+def test_attention_has_a_picture_for_each_head_the_mean_and_the_untrained_one(tmp_path: Path) -> None:
+    inputs = whole_run(tmp_path)
+    assert inputs.attention is not None
+    for num_heads, shown in ((1, 1), (3, 3), (12, 12), (MAX_HEADS + 4, MAX_HEADS)):
+        heads = _shares(np.random.default_rng(0), 8, num_heads, 4, 4)
+        section, figure = attention(replace(inputs, attention=replace(inputs.attention, heads=heads))) or (None, None)
+        assert section is not None
+        assert figure is not None
+        (ax,) = figure.axes
+        assert len(ax.get_images()) == 8 * (1 + shown + 2)
+        titles = {text.get_text() for text in ax.texts if text.get_verticalalignment() == "bottom"}
+        assert titles == {"image", *(f"head {head + 1}" for head in range(shown)), "mean", "untrained"}
+        words = f"each of the {num_heads} heads" if shown == num_heads else f"the first {shown} of {num_heads} heads"
+        assert words in section.caption
+        # The columns of one image do not reach into those of the next, nor beyond the edge.
+        boxes = np.array([image.get_extent() for image in ax.get_images()])
+        assert boxes[:, 0].min() >= 0
+        assert boxes[:, 1].max() <= ax.get_xlim()[1]
+        corners = {(round(left, 2), round(up, 2)) for left, _, _, up in boxes}
+        assert len(corners) == len(boxes)
+
+
+def test_attention_is_brightest_where_the_class_token_looks_and_a_row_has_one_scale(tmp_path: Path) -> None:
+    heads = np.full((1, 2, 4, 4), 1 / 16, np.float32)
+    heads[0, 0] = 0.1 / 15
+    heads[0, 0, 2, 1] = 0.9
+    seen = Attention(np.zeros((1, 8, 8, 3), np.uint8), heads, np.full((1, 4, 4), 1 / 16, np.float32))
+    drawn = attention(replace(whole_run(tmp_path), attention=seen))
+    assert drawn is not None
+    section, figure = drawn
+    assert figure is not None
+    (ax,) = figure.axes
+    _, one, other, mean, untrained = (np.asarray(image.get_array(), float).sum(-1) for image in ax.get_images())
+    assert np.unravel_index(one.argmax(), one.shape) == (4, 2), "patch (2, 1) of 2 pixels"
+    np.testing.assert_array_equal(other, untrained)
+    assert one.max() > mean.max() > other.max()
+    assert "0 to 90 %" in {text.get_text() for text in ax.texts}
+    assert "4 times the 6.2 % that each patch has if the attention is spread evenly" in section.caption
+
+
+def test_even_attention_is_not_drawn_as_if_it_looked_everywhere(tmp_path: Path) -> None:
+    even = np.full((1, 1, 4, 4), 1 / 16, np.float32)
+    seen = Attention(np.full((1, 8, 8, 3), 128, np.uint8), even, even[:, 0])
+    _, figure = attention(replace(whole_run(tmp_path), attention=seen)) or (None, None)
+    assert figure is not None
+    (ax,) = figure.axes
+    for image in ax.get_images()[1:]:
+        assert np.asarray(image.get_array()).max() < 128, "darker than the image"
+    assert "0 to 25 %" in {text.get_text() for text in ax.texts}
+
+
+def test_attention_that_is_not_finite_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    inputs = whole_run(tmp_path, num_samples=40)
+    assert inputs.attention is not None
+    broken = replace(inputs.attention, heads=np.full_like(inputs.attention.heads, np.nan))
+    text = write_report(replace(inputs, attention=broken)).read_text()
+    assert "Where the encoder looks: the encoder&#x27;s attention is not finite." in text
+
+
+def test_what_an_encoder_or_a_method_has_not_is_not_spoken_of(tmp_path: Path) -> None:
+    inputs = replace(whole_run(tmp_path, num_samples=40), attention=None, retrieval=None)
+    text = Page(write_report(inputs).read_text()).text
+    for word in ("Where the encoder looks", "the captions they find", "Left out"):
+        assert word not in text
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == set(PLOT_NAMES) - {"attention"}
+
+
+# Images and captions
+
+
+def rows_of(text: str) -> list[str]:
+    """The rows of the tables of what was found, as HTML without pictures' bytes and headings."""
+    tables = re.findall(r'<table class="found">.*?</table>', text, re.DOTALL)
+    short = [re.sub(r"data:image/png;base64,[\w+/=]+", "…", table) for table in tables]
+    short = [re.sub(r' data-heading="[^"]*"', "", table) for table in short]
+    return [row for table in short for row in re.findall(r"<tbody>(.*)</tbody>", table)[0].split("<tr>")[1:]]
+
+
+def test_the_table_has_own_captions_with_their_places_and_marks_them_where_they_are_found(tmp_path: Path) -> None:
+    rows = rows_of(write_report(whole_run(tmp_path, num_samples=40)).read_text())
+    assert len(rows) == 11
+    for row in rows[:10]:
+        assert "<td><p><b>2</b> a cat</p></td>" in row
+        assert "<p><b>0.60\u00a0✗</b> a dog</p><p class=right><b>0.50\u00a0✓</b> a cat</p>" in row
+    assert rows[10].startswith("<td>a cat</td>")
+    assert re.search(r"<p class=right><b>0.70\u00a0✓</b> <img [^>]*></p><p><b>−0.20\u00a0✗</b> <img", rows[10])
+
+
+def test_the_table_says_among_how_many_captions_and_images_it_looked(tmp_path: Path) -> None:
+    inputs = whole_run(tmp_path, num_samples=240)
+    drawn = [retrieval(replace(inputs, num_in_split=number)) for number in (240, 50_000)]
+    whole, part = (section.caption for section, _ in filter(None, drawn))
+    assert "For 10 test images the best 2 of 480 different captions, those of 240 test images, and" in whole
+    assert "those of 240 of the 50,000 test images, and" in part
+
+
+def test_captions_are_escaped_and_their_length_is_bounded(tmp_path: Path) -> None:
+    evil = "<script>alert('&\"')</script>\n\u202e" + 300 * "x"
+    caption = FoundCaption(evil, 0.5, 1)
+    many = [replace(caption, place=place) for place in range(1, 9)]
+    found = Retrieval(5, 9, [ImageSearch(0, many, [caption])], [CaptionSearch(evil, [(0, 0.5, True)])])
+    text = write_report(replace(whole_run(tmp_path, num_samples=40), retrieval=found)).read_text()
+    assert "<script" not in text
+    assert html.escape("<script>alert('&\"')</script>") in text
+    assert 150 * "x" not in text
+    assert "\u202e" not in text
+    assert "and 3 more" in Page(text).text
+
+
+def test_embeddings_that_are_not_finite_leave_the_table_out(tmp_path: Path) -> None:
+    nothing = FoundCaption("a", math.nan, 1)
+    found = Retrieval(5, 9, [ImageSearch(0, [nothing], [nothing])], [])
+    text = write_report(replace(whole_run(tmp_path, num_samples=40), retrieval=found)).read_text()
+    assert "Images and the captions they find: the embeddings are not finite." in text
+
+
+# What sections have in common
+
+
+def test_examples_are_of_different_classes_and_the_same_in_each_section(tmp_path: Path) -> None:
+    labels = np.repeat(np.arange(6), 40)
+    chosen = spread_over_classes(labels, 8)
+    assert sorted(labels[chosen][:6]) == list(range(6))
+    assert len(set(chosen.tolist())) == 8
+    np.testing.assert_array_equal(spread_over_classes(labels, 10)[:8], chosen)
+    assert len(spread_over_classes(labels[:3], 8)) == 3
+    inputs = whole_run(tmp_path)
+    assert inputs.thumbnails is not None
+    assert inputs.labels is not None
+    _, figure = neighbours(inputs)
+    assert figure is not None
+    drawn = np.asarray(figure.axes[0].get_images()[0].get_array())
+    np.testing.assert_array_equal(drawn, inputs.thumbnails[spread_over_classes(inputs.labels, 8)[0]])
+
+
+def test_a_section_that_fails_is_left_out_and_the_others_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd_picture(inputs: RunReport) -> tuple[Section, Figure | None]:
+        raise RuntimeError("<no> such colour")
+
+    monkeypatch.setattr(report, "SECTIONS", (odd_picture, *SECTIONS))
+    inputs = replace(whole_run(tmp_path, num_samples=40), problems={"retrieval": "it failed (KeyError: 3)"})
+    page = Page(write_report(inputs).read_text())
+    assert "Odd picture: it failed (RuntimeError: <no> such colour)." in page.text
+    assert "Images and the captions they find: it failed (KeyError: 3)." in page.text
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == set(PLOT_NAMES)

@@ -76,7 +76,11 @@ def test_a_run_gives_what_needs_no_labels_and_says_what_does(finished: tuple[Pat
     assert not any("top1" in name for name in scores)
     assert "best" not in scores
     assert (scores["protocol"]["num_train"], scores["protocol"]["num_test"]) == (NUM_TRAIN, NUM_TEST)
-    assert {path.stem for path in (run_dir / "plots").iterdir()} == set(PLOT_NAMES) - {"probe", "per_class"}
+    assert {path.stem for path in (run_dir / "plots").iterdir()} == set(PLOT_NAMES) - {
+        "probe",
+        "per_class",
+        "attention",
+    }
     assert (run_dir / "DONE").exists()
 
 

@@ -1,5 +1,8 @@
-"""Pictures of images: nearest neighbours and augmented views."""
+"""Pictures of images: nearest neighbours, where an encoder looks, and augmented views."""
 
+import math
+
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -9,10 +12,15 @@ from dist_contrastive.report.inputs import RunReport, Section, class_name, short
 from dist_contrastive.report.style import GREEN, INK, VERMILION, WIDTH
 
 NUM_QUERIES, NUM_NEIGHBOURS, MAX_VIEW_SAMPLES = 8, 8, 8
+MAX_HEADS = 12  # with a picture each: of a ViT-B all; more would be too small to see anything
+LUMA = np.array([0.299, 0.587, 0.114])  # Rec. 601
+MIN_BRIGHTEST = 4  # times the even share: so that attention that is nearly even is not drawn as if it looked everywhere
+HEAT = 0.7  # how much the colours of attention hide of the image under them
 
 
-def _as_rgb(images: np.ndarray) -> np.ndarray:
-    """uint8 [..., S, S, 3], from images of this kind or grey ones ([..., S, S, 1])."""
+def as_rgb(images: np.ndarray) -> np.ndarray:
+    """uint8 [..., S, S, 3], from images of this kind or grey ones ([..., S, S, 1] or [N, S, S])."""
+    images = images[..., None] if images.ndim == 3 else images
     return np.broadcast_to(images, (*images.shape[:-1], 3)) if images.shape[-1] == 1 else images
 
 
@@ -46,7 +54,7 @@ def neighbours(inputs: RunReport) -> tuple[Section, Figure | None]:
             "neighbours", title, missing=f"there are no features and images of at least two {inputs.samples}"
         ), None
     classes = np.zeros(len(features), np.int64) if labels is None else np.asarray(labels)
-    images = _as_rgb(thumbnails if thumbnails.ndim == 4 else thumbnails[..., None])
+    images = as_rgb(thumbnails)
     queries = spread_over_classes(classes, NUM_QUERIES)
     unit = np.nan_to_num(unit_rows(features))
     similarity = unit[queries] @ unit.T
@@ -92,13 +100,66 @@ def neighbours(inputs: RunReport) -> tuple[Section, Figure | None]:
     ), figure
 
 
+def attention(inputs: RunReport) -> tuple[Section, Figure | None] | None:
+    """Where the class token of a vision transformer looks (Caron et al. 2021, "DINO", figure 1); None for other encoders."""
+    title, seen = "Where the encoder looks", inputs.attention
+    if "attention" in inputs.problems:
+        return Section("attention", title, missing=inputs.problems["attention"]), None
+    if seen is None:
+        return None
+    if not (np.isfinite(seen.heads).all() and np.isfinite(seen.untrained).all()):
+        return Section("attention", title, missing="the encoder's attention is not finite"), None
+    num_heads, num_patches = seen.heads.shape[1], seen.heads[0, 0].size
+    shown = min(num_heads, MAX_HEADS)
+    names = ["image", *(f"head {head}" for head in range(1, shown + 1)), "mean", "untrained"]
+    maps = np.concatenate([seen.heads[:, :shown], seen.heads.mean(1, keepdims=True), seen.untrained[:, None]], axis=1)
+    brightest = np.maximum(maps.max((1, 2, 3)), MIN_BRIGHTEST / num_patches)
+    # Few pictures to an image leave room for two images beside one another.
+    blocks = 2 if len(names) <= 8 else 1
+    width = 1.05 * len(names) + 0.4
+    columns, rows = blocks * width - 0.25, math.ceil(len(maps) / blocks)
+    pitch, top = 1.1 + 0.015 * columns, 0.022 * columns  # text does not shrink with the tiles
+    figure, ax = _tile_figure(columns, rows * pitch + top)
+    ax.set_xlim(0, columns)
+    ax.set_ylim(rows * pitch, -top)
+    for number, (image, of_image, most) in enumerate(zip(seen.images, maps, brightest, strict=True)):
+        x, y = width * (number // rows) + 0.1, pitch * (number % rows)
+        tiles = [image, *(_overlay(image, shares / most) for shares in of_image)]
+        for column, (name, tile) in enumerate(zip(names, tiles, strict=True)):
+            _tile(ax, tile, x + 1.05 * column, y, text="" if column else f"0 to {100 * most:.2g} %")
+            if y == 0:
+                ax.text(x + 1.05 * column + 0.5, -0.06, name, ha="center", va="bottom", fontsize=7.5, fontweight="bold")
+    which = f"the first {shown} of {num_heads} heads" if shown < num_heads else f"each of the {num_heads} heads"
+    spread = ", of different classes as far as there are" if inputs.labels is not None else ""
+    return Section(
+        "attention",
+        title,
+        f"The attention of the class token over the patches in the encoder's last layer, on {len(maps)} {inputs.samples}"
+        f"{spread}: {which}, the mean over all heads, and that of the untrained encoder (Caron et al. 2021, figure 1). Bright "
+        "patches are where it looks; the colours beside an image go from 0 to the largest share there, as it says, and "
+        f"at least to {MIN_BRIGHTEST} times the {100 / num_patches:.2g} % that each patch has if the attention is spread evenly "
+        "(what the class token gives to itself is left out). Heads that pick out the thing in the image, each another part of "
+        "it, have learned what belongs together; pictures as even as the untrained ones say that the encoder does not tell its "
+        "patches apart.",
+    ), figure
+
+
+def _overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """`image` uint8 [S, S, 3] in grey under the colours of `heat` float [G, G] in [0, 1], a square each; uint8 [S, S, 3]."""
+    side = len(image)
+    of_pixel = np.arange(side) * len(heat) // side
+    colours = matplotlib.colormaps["inferno"](heat[of_pixel][:, of_pixel])[..., :3]
+    grey = (image @ LUMA / 255)[..., None]
+    return (255 * (HEAT * colours + (1 - HEAT) * grey)).round().astype(np.uint8)
+
+
 def views(inputs: RunReport) -> tuple[Section, Figure | None]:
     """What augmentation makes of a few images."""
     title = "What the encoder is trained on: augmented views"
     if inputs.originals is None or not inputs.views or len(inputs.originals) == 0:
         return Section("views", title, missing="there are no example views"), None
-    originals = _as_rgb(inputs.originals)
-    views = [view for of_size in inputs.views for view in np.swapaxes(_as_rgb(of_size), 0, 1)]
+    originals = as_rgb(inputs.originals)
+    views = [view for of_size in inputs.views for view in np.swapaxes(as_rgb(of_size), 0, 1)]
     samples, num_views = min(MAX_VIEW_SAMPLES, len(originals)), len(views)
     pitch, left = 1.08, 0.95
     columns = left + MAX_VIEW_SAMPLES * pitch + 0.1

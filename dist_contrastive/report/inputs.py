@@ -10,6 +10,61 @@ import numpy as np
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Where an encoder's class token looks in n images of side S, over G × G patches and through H heads."""
+
+    images: np.ndarray
+    """uint8 [n, S, S, 3]: what the encoder sees, before it is normalized"""
+    heads: np.ndarray
+    """float32 [n, H, G, G]: of what a head gives to patches, the share of each; sums to 1"""
+    untrained: np.ndarray
+    """float32 [n, G, G]: the same of the untrained encoder, as the mean over its heads"""
+
+
+@dataclass(frozen=True)
+class FoundCaption:
+    """A caption as an image finds it."""
+
+    text: str
+    cosine: float
+    """Of the two embeddings."""
+    place: int
+    """1 where no caption is nearer."""
+
+
+@dataclass(frozen=True)
+class ImageSearch:
+    """The captions that one image finds."""
+
+    image: int
+    """Its position among `RunReport.samples`."""
+    own: Sequence[FoundCaption]
+    """All of its own, the nearest first."""
+    nearest: Sequence[FoundCaption]
+
+
+@dataclass(frozen=True)
+class CaptionSearch:
+    """The images that one caption finds."""
+
+    text: str
+    nearest: Sequence[tuple[int, float, bool]]
+    """Position among `RunReport.samples`, cosine of the embeddings, and whether the caption is one of that image's own."""
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What image tower and text tower find of each other for some examples."""
+
+    num_images: int
+    """Among how many images, those of `RunReport.samples`."""
+    num_captions: int
+    """Among how many captions: theirs, each text once."""
+    images: Sequence[ImageSearch]
+    captions: Sequence[CaptionSearch]
+
+
+@dataclass(frozen=True)
 class RunReport:
     """What a report is made of. N samples of a split, features of size D, images of side S.
 
@@ -31,6 +86,8 @@ class RunReport:
     class_names: Sequence[str] = ()
     samples: str = "test images"
     """What the features are of: test images, or training images where the dataset has no others."""
+    num_in_split: int = 0
+    """How many of them the dataset has; `samples` are all of these or a part drawn at random."""
     features: np.ndarray | None = None
     """Features of `samples`, float32 [N, D], of the trained encoder."""
     labels: np.ndarray | None = None
@@ -41,6 +98,12 @@ class RunReport:
     """Eigenvalues of the covariance of the trained encoder's features, [D], descending."""
     untrained_spectrum: np.ndarray | None = None
     """The same of the untrained encoder's features."""
+    attention: Attention | None = None
+    """Of some of `samples`; None where the encoder has no class token that attends to patches."""
+    retrieval: Retrieval | None = None
+    """None where there is no text tower."""
+    problems: Mapping[str, str] = field(default_factory=dict)
+    """Why the inputs of a section, by its name, are missing although the run should have them."""
     views: Sequence[np.ndarray] = ()
     """Augmented views of n training samples, uint8 [n, V, S, S, 3] for each size."""
     originals: np.ndarray | None = None
@@ -56,13 +119,20 @@ class RunReport:
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the page: a picture with its caption, or the sentence that says why it is missing."""
+    """One part of the page: a picture or a table with its caption, or the sentence that says why it is missing."""
 
     name: str
     title: str
     caption: str = ""
     """` [[name]]` in it becomes a link that says where the section `name` stands: above or below; nothing if it is left out."""
     missing: str = ""
+    table: str = ""
+    """What stands in the place of a picture, as HTML, in which whatever comes from outside is escaped."""
+
+
+def failure(error: Exception) -> str:
+    """Why something is missing, where that is no lack of the run's."""
+    return f"it failed ({type(error).__name__}: {one_line(str(error), 200)})"
 
 
 def series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -14,9 +14,9 @@ from dist_contrastive.report.inputs import RunReport, Section, is_number, series
 
 CSS = """
 :root { color-scheme: light dark; --page: #f5f7fa; --card: #ffffff; --ink: #1f2933; --dim: #52606d; --line: #d9e2ec;
-  --blue: #0067a3; --warn: #fff4e5; --warn-ink: #7a3e00; }
+  --blue: #0067a3; --green: #00704f; --warn: #fff4e5; --warn-ink: #7a3e00; }
 @media (prefers-color-scheme: dark) { :root { --page: #14181d; --card: #1e242b; --ink: #e4e7eb; --dim: #a3b1bf;
-  --line: #36414d; --blue: #6cb8ee; --warn: #3b2a12; --warn-ink: #f7d19b; } }
+  --line: #36414d; --blue: #6cb8ee; --green: #4fd1a5; --warn: #3b2a12; --warn-ink: #f7d19b; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
 main { max-width: 980px; margin: 0 auto; padding: 28px 20px 60px; }
@@ -43,6 +43,21 @@ td.value, table.names td:last-child { font-family: ui-monospace, monospace; font
 .scores td { font-size: 1.15rem; }
 .scores td:first-child { font-size: 1rem; }
 .scores .own { font-size: 1.7rem; font-weight: 700; color: var(--blue); }
+.found { margin-top: 1.2rem; }
+.found img { width: 88px; padding: 0; border-radius: 4px;
+  image-rendering: pixelated; }
+.found th { color: var(--dim); font-weight: 600; font-size: .85rem; }
+.found td { font-size: .9rem; line-height: 1.4; }
+.found td:first-child:has(img) { width: 100px; }
+.found p { display: flex; gap: .5rem; margin: 0 0 .3rem; }
+.found b { flex: none; min-width: 1.6rem; text-align: right; font-variant-numeric: tabular-nums; font-weight: 600;
+  color: var(--dim); white-space: nowrap; }
+.found p:has(img) { display: inline-flex; flex-direction: column; gap: .2rem; margin-right: 1rem; }
+.found p:has(img) b { text-align: left; }
+.found .right, .found .right b { color: var(--green); font-weight: 600; }
+@media (max-width: 600px) { .found thead { display: none; } .found tr { display: block; padding: .8rem 0;
+  border-bottom: 1px solid var(--line); } .found td { display: block; border: 0; }
+  .found td::before { content: attr(data-heading); display: block; margin-bottom: .2rem; color: var(--dim); font-size: .85rem; } }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px 20px; margin: 1.2rem 0 0; }
 dt { color: var(--dim); font-size: .85rem; }
 dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; }
@@ -52,7 +67,7 @@ dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; }
 
 
 def build_page(inputs: RunReport, sections: Sequence[Section], plots: Path) -> str:
-    """The whole page; whatever comes from outside is escaped here and in `_table`."""
+    """The whole page; whatever comes from outside is escaped here, in `_table` and in what sections have for a table."""
     flat, seconds = flatten(inputs.config), inputs.seconds()
     name = str(flat.get("recipe") or inputs.run_dir.name)
     shown = [section for section in sections if not section.missing]
@@ -77,11 +92,13 @@ def build_page(inputs: RunReport, sections: Sequence[Section], plots: Path) -> s
         "</header>",
     ]
     for position, section in enumerate(shown):
-        picture = base64.b64encode((plots / f"{section.name}.png").read_bytes()).decode("ascii")
+        caption = f"<figcaption>{_with_places(section.caption, position, order)}</figcaption>"
+        if section.table:  # which may be long: what it shows is said first
+            content = caption + section.table
+        else:
+            content = embedded((plots / f"{section.name}.png").read_bytes(), section.title) + caption
         body.append(
-            f'<section id="{section.name}"><h2>{html.escape(section.title)}</h2><figure>'
-            f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{picture}">'
-            f"<figcaption>{_with_places(section.caption, position, order)}</figcaption></figure></section>"
+            f'<section id="{section.name}"><h2>{html.escape(section.title)}</h2><figure>{content}</figure></section>'
         )
     if left_out:
         items = "".join(f"<li>{html.escape(s.title)}: {html.escape(s.missing)}.</li>" for s in left_out)
@@ -94,6 +111,11 @@ def build_page(inputs: RunReport, sections: Sequence[Section], plots: Path) -> s
         + "\n".join(body)
         + "\n</main></body></html>\n"
     )
+
+
+def embedded(png: bytes, alt: str) -> str:
+    """A picture that the page holds."""
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode("ascii")}">'
 
 
 def _headline(flat: Mapping[str, Any], name: str) -> str:
