@@ -7,6 +7,12 @@ processes, the file in memory), then the three take turns, so that a noisy neigh
 
     python -m benchmarks.loader --data data/cifar10.beton --out loader.json
     python -m benchmarks.loader --data data/photos.beton --views 1 --batch 256 --pil-samples 0
+
+Multi-crop, two views of 224 pixels and eight of 96 as DINO cuts them, from JPEGs of about 300 pixels, which are cut from the
+embedded photographs and packed first:
+
+    python -m benchmarks.loader --data data/photographs.beton --photographs 1000 --image-size 224 --small-views 8 --batch 64 \
+        --pil-samples 250 --out loader.json
 """
 
 import io
@@ -27,8 +33,6 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, PILToTensor, RandomResizedCrop
 
@@ -37,10 +41,16 @@ from dist_contrastive.batch import Share
 from dist_contrastive.cli import main_guard, parse
 from dist_contrastive.config import AugmentConfig, DataConfig, ViewConfig, require
 from dist_contrastive.data.beton import Dataset, open_dataset
-from dist_contrastive.data.format import TRAIN
+from dist_contrastive.data.format import TEST, TRAIN
 from dist_contrastive.data.loader import fair_threads, train_epoch
+from dist_contrastive.data.packing import write_dataset
+from dist_contrastive.data.sources import PHOTOS, Sample, Source, read_photo
 
 OURS, FFCV, TORCHVISION = "dist_contrastive", "FFCV", "torchvision, PIL"
+LARGE_SCALE, SMALL_SCALE = (0.4, 1.0), (0.05, 0.4)
+"""Areas of the crops where there are small ones, as fractions of the image's (DINO, Caron et al. 2021)."""
+PHOTOGRAPH_SIDES = (256, 344)
+"""Pixels; both sides are drawn from it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,10 @@ class LoaderBenchmark:
     """Random crops of each sample."""
     image_size: int = 32
     """Side of a view, in pixels."""
+    small_views: int = 0
+    """Smaller views beside them (multi-crop); the two kinds then have DINO's crops."""
+    small_size: int = 96
+    """Side of a smaller view, in pixels."""
     batch: int = 512
     """Samples of a batch."""
     epochs: int = 5
@@ -59,12 +73,15 @@ class LoaderBenchmark:
     """Threads (of torchvision: worker processes); 0 takes one for each usable core."""
     pil_samples: int = 5000
     """How many samples torchvision's loader gets in an epoch; 0 leaves it out."""
+    photographs: int = 0
+    """Pack this many JPEGs of about 300 pixels into `data` first, cut from the embedded photographs."""
     out: Path | None = None
-    """Where to write the raw numbers as JSON."""
+    """Where to write the raw numbers as JSON, and beside them the table as Markdown."""
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"--epochs {self.epochs}: give at least 1")
         require(self.batch >= 1, f"--batch {self.batch}: give at least 1")
+        require(self.photographs >= 0, f"--photographs {self.photographs}: give 0 (takes what is packed) or more")
         require(self.pil_samples >= 0, f"--pil-samples {self.pil_samples}: give 0 (leave it out) or more")
         require(
             self.out is None or self.out.parent.is_dir(), f"--out {self.out}: its folder does not exist, make it first"
@@ -72,32 +89,63 @@ class LoaderBenchmark:
         most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
         require(0 <= self.threads <= most, f"--threads {self.threads}: give 0 (automatic) to {most}, FFCV's limit here")
 
+    def groups(self) -> tuple[ViewConfig, ...]:
+        """The views, as crops of every size."""
+        if self.small_views == 0:
+            return (ViewConfig(count=self.views, size=self.image_size),)
+        return (
+            ViewConfig(count=self.views, size=self.image_size, crop_scale=LARGE_SCALE),
+            ViewConfig(count=self.small_views, size=self.small_size, crop_scale=SMALL_SCALE),
+        )
 
-class PilDataset(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
-    """Views uint8 [V, 3, S, S] and label of a packed dataset's samples, the way torchvision's users make them."""
+    def num_crops(self) -> int:
+        """Of a sample."""
+        return AugmentConfig(self.groups()).num_views
 
-    def __init__(self, dataset: Dataset, samples: np.ndarray, num_views: int, size: int) -> None:
+
+def photographs(num_train: int) -> Source:
+    """JPEGs of about 300 pixels: rectangles at random places of the embedded photographs that are large enough."""
+    low, high = PHOTOGRAPH_SIDES
+    photos = [read_photo(name, place) for name, place in PHOTOS.items()]
+    photos = [photo for photo in photos if min(photo.shape[:2]) >= low]
+    generator = np.random.default_rng(0)
+    samples = []
+    for number in range(num_train + 1):  # a dataset has at least one sample to test
+        photo = photos[number % len(photos)]
+        height, width = np.minimum(generator.integers(low, high, 2, endpoint=True), photo.shape[:2])
+        y, x = generator.integers(0, (photo.shape[0] - height + 1, photo.shape[1] - width + 1))
+        cut = np.ascontiguousarray(photo[y : y + height, x : x + width])
+        samples.append(Sample(str(number), 0, TRAIN if number < num_train else TEST, cut))
+    return Source("photographs", ("photograph",), tuple(samples), "all but one to train")
+
+
+class PilDataset(torch.utils.data.Dataset[tuple[list[torch.Tensor], int]]):
+    """Views uint8 [V, 3, S, S] of each size and label of a packed dataset's samples, the way torchvision's users make them."""
+
+    def __init__(self, dataset: Dataset, samples: np.ndarray, groups: Sequence[ViewConfig]) -> None:
         self.dataset = dataset
         self.samples = samples
-        self.num_views = num_views
-        self.crop = Compose([RandomResizedCrop(size), PILToTensor()])
+        self.crops = [
+            (Compose([RandomResizedCrop(group.size, group.crop_scale), PILToTensor()]), group.count) for group in groups
+        ]
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, position: int) -> tuple[list[torch.Tensor], int]:
         d, sample = self.dataset, self.samples[position]
         stored = d.file_bytes[d.pointers[sample] : d.pointers[sample] + d.sizes[sample]]
         if d.is_jpeg[sample]:
             image = Image.open(io.BytesIO(stored.tobytes())).convert("RGB")
         else:
             image = Image.fromarray(stored.reshape(d.heights[sample], d.widths[sample], 3))
-        return torch.stack([self.crop(image) for _ in range(self.num_views)]), int(d.labels[sample])
+        views = [torch.stack([crop(image) for _ in range(count)]) for crop, count in self.crops]
+        return views, int(d.labels[sample])
 
 
 def our_epochs(config: LoaderBenchmark, dataset: Dataset, threads: int) -> Callable[[int], int]:
     """A function that runs epoch k and returns how many samples it gave."""
-    data, augment = DataConfig(image_size=config.image_size), AugmentConfig((ViewConfig(count=config.views),))
+    data, augment = DataConfig(image_size=config.image_size), AugmentConfig(config.groups())
 
     def run(epoch: int) -> int:
         num_samples = 0
@@ -119,11 +167,11 @@ def ffcv_epochs(config: LoaderBenchmark, dataset: Dataset, threads: int) -> Call
     from ffcv.pipeline import PipelineSpec
     from ffcv.transforms import ToTensor
 
-    side = (config.image_size, config.image_size)
     pipelines: dict[str, PipelineSpec | None] = {"split": None}
-    for view in range(config.views):
-        decoder = RandomResizedCropRGBImageDecoder(side)
-        pipelines["image" if view == 0 else f"view_{view}"] = PipelineSpec("image", decoder, [ToTensor()])
+    views = [group for group in config.groups() for _ in range(group.count)]
+    for number, view in enumerate(views):
+        decoder = RandomResizedCropRGBImageDecoder((view.size, view.size), view.crop_scale, view.crop_ratio)
+        pipelines["image" if number == 0 else f"view_{number}"] = PipelineSpec("image", decoder, [ToTensor()])
     loader = Loader(
         str(dataset.path), batch_size=config.batch, num_workers=threads, order=OrderOption.RANDOM, os_cache=True,
         indices=dataset.indices(TRAIN), pipelines=pipelines, drop_last=True,
@@ -139,7 +187,7 @@ def torchvision_epochs(config: LoaderBenchmark, dataset: Dataset, threads: int) 
     """The same by torchvision's DataLoader over PIL images, on `pil_samples` of the samples."""
     samples = dataset.indices(TRAIN)[: config.pil_samples]
     loader = DataLoader(
-        PilDataset(dataset, samples, config.views, config.image_size), batch_size=min(config.batch, len(samples)),
+        PilDataset(dataset, samples, config.groups()), batch_size=min(config.batch, len(samples)),
         shuffle=True, num_workers=threads, drop_last=True, persistent_workers=True,
     )  # fmt: skip
 
@@ -176,28 +224,34 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def table(config: LoaderBenchmark, threads: int, rates: dict[str, list[float]]) -> Table:
-    title = f"{config.views} views of {config.image_size} pixels, batch {config.batch}, {threads} threads"
-    result = Table("loader", title=title)
-    for column in (f"samples/s: median (min-max) of {config.epochs}", "crops/s", "ratio"):
-        result.add_column(column, justify="right")
+def table(config: LoaderBenchmark, threads: int, rates: dict[str, list[float]]) -> str:
+    """Markdown: what was read, and a row a loader."""
+    views = " and ".join(f"{group.count} views of {group.size} pixels" for group in config.groups())
+    lines = [
+        f"{views}, batch {config.batch}, {threads} threads:",
+        "",
+        f"| loader | samples/s, median of {config.epochs} (min to max) | crops/s | ratio |",
+        "|---|---|---|---|",
+    ]
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, values in rates.items():
-        spread = f"{medians[name]:,.0f} ({min(values):,.0f}-{max(values):,.0f})"
-        crops = f"{config.views * medians[name]:,.0f}"
-        result.add_row(name, spread, crops, f"{medians[name] / medians[OURS]:.3g}")
-    return result
+        spread = f"{medians[name]:,.0f} ({min(values):,.0f} to {max(values):,.0f})"
+        crops = f"{config.num_crops() * medians[name]:,.0f}"
+        lines.append(f"| {name} | {spread} | {crops} | {medians[name] / medians[OURS]:.3g} |")
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(LoaderBenchmark, argv, prog="python -m benchmarks.loader", about=__doc__)
     machine = hardware()  # before this program makes a load of its own
+    if config.photographs > 0:
+        write_dataset(photographs(config.photographs), config.data)
     dataset = open_dataset(config.data)
     num_train = dataset.manifest.num_train
     require(config.batch <= num_train, f"--batch {config.batch} is more than the {num_train} training samples")
     threads = fair_threads(config.threads)
     rates = measure(config, dataset, threads)
-    Console().print(table(config, threads, rates))
+    print(table(config, threads, rates))
     if config.out is not None:
         record = {
             "question": "how many images a second does the loader give?",
@@ -206,8 +260,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "num_jpeg": dataset.manifest.num_jpeg, "largest": [
                     dataset.manifest.largest_height, dataset.manifest.largest_width,
                 ],
+                "mean_pixels": float(np.mean(dataset.heights.astype(np.int64) * dataset.widths)),
+                "mean_bytes": float(np.mean(dataset.sizes)),
             },
-            "views": config.views, "image_size": config.image_size, "batch": config.batch, "threads": threads,
+            "views": [
+                {"count": group.count, "size": group.size, "crop_scale": group.crop_scale} for group in config.groups()
+            ],
+            "batch": config.batch, "threads": threads,
             "pil_samples": config.pil_samples,
             "samples_per_s": rates,
             "hardware": machine,
@@ -216,7 +275,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             },
         }  # fmt: skip
         write_atomic(config.out, (json.dumps(record, indent=2) + "\n").encode())
-        print(f"written: {config.out}")
+        page = config.out.with_suffix(".md")
+        write_atomic(page, table(config, threads, rates).encode())
+        print(f"written: {config.out}, {page}")
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def open_photos(spec: str, *, with_captions: bool) -> Source:
 
     Captions are written from what is measured in the patch and known of its photograph (`photo_captions`).
     """
-    photos = [_read_photo(name, place) for name, place in PHOTOS.items()]
+    photos = [read_photo(name, place) for name, place in PHOTOS.items()]
     samples = []
     for split in (TRAIN, TEST):
         for label, (name, photo) in enumerate(zip(PHOTOS, photos, strict=True)):
@@ -213,7 +213,7 @@ def open_photos(spec: str, *, with_captions: bool) -> Source:
     return Source(spec, tuple(PHOTOS), tuple(samples), note)
 
 
-def _read_photo(name: str, place: str) -> np.ndarray:
+def read_photo(name: str, place: str) -> np.ndarray:
     """A photograph as uint8 [H, W, 3]; `place` starts with the name of the package that carries it."""
     package, _, within = place.partition("/")
     spec = importlib.util.find_spec(package)
