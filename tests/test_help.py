@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import dist_contrastive
-from benchmarks import checkpoint, large_batch, loader, loss_parity, memory, methods
+from benchmarks import checkpoint, large_batch, loader, loss_memory, loss_parity, memory, methods
 from dist_contrastive import cli, pack, probe, stage, status, train
 from dist_contrastive.methods import METHODS
 from dist_contrastive.recipes import RECIPES, list_recipes, summary_of
@@ -47,6 +47,7 @@ ENTRY_POINTS = {
     "benchmarks.checkpoint": entry_point(checkpoint, checkpoint.CheckpointBenchmark),
     "benchmarks.large_batch": entry_point(large_batch, large_batch.Command),
     "benchmarks.loader": entry_point(loader, loader.LoaderBenchmark),
+    "benchmarks.loss_memory": entry_point(loss_memory, loss_memory.Command),
     "benchmarks.loss_parity": entry_point(loss_parity, loss_parity.ParityBenchmark),
     "benchmarks.memory": entry_point(memory, memory.Command),
     "benchmarks.methods": entry_point(methods, methods.Command),

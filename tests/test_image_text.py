@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_contrastive import distributed
+from dist_contrastive.batch import Samples
 from dist_contrastive.config import EncoderConfig, HeadConfig, ProbeConfig
 from dist_contrastive.data.beton import open_dataset
 from dist_contrastive.evaluation import image_text as module
 from dist_contrastive.evaluation.image_text import recalls, zero_shot
+from dist_contrastive.losses import blocks
 from dist_contrastive.methods.clip import CLIP, CLIPConfig
 from dist_contrastive.methods.image_text import ImageText
 from dist_contrastive.methods.siglip import SigLIP, SigLIPConfig
 from dist_contrastive.models.text import TextEncoder
+from dist_contrastive.step.memory import TensorCount
 from tests import runs
 from tests.harness import RankError, run_ranks
 from tests.runs import tiny_config, train_on_rank, write_dataset
@@ -59,6 +63,21 @@ def test_the_loss_is_the_papers(name: str) -> None:
     arrays = [embeddings[side][0].detach().double().numpy() for side in ("z", "text")]
     expected = by_the_papers_loops(method, *arrays)
     assert method.loss(embeddings, batch.samples)["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@each_config
+def test_a_batch_of_32768_pairs_holds_less_than_a_gigabyte(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings of 512 dimensions and their gradients included; the matrix of logits alone would have 4.3 GB."""
+    method, size = built(name), 32768
+    # Larger blocks, which hold more, are fewer. Tensors have no values, and count as what they would take.
+    monkeypatch.setattr(blocks, "MAX_PAIRS", 8 * blocks.MAX_PAIRS)
+    with FakeTensorMode(allow_non_fake_inputs=True), TensorCount() as tensors:
+        images, texts = (torch.empty(size, 512, requires_grad=True) for _ in range(2))
+        samples = Samples(labels=torch.zeros(size), indices=torch.arange(size), epoch=0)
+        method.loss({"z": images[None], "text": texts[None]}, samples)["loss"].backward()
+    assert images.grad is not None
+    assert texts.grad is not None
+    assert 4 * images.nbytes < tensors.peak < 1e9
 
 
 def test_scale_and_bias_start_as_configured() -> None:
