@@ -6,7 +6,7 @@ what the process takes once everything is imported. Beside them the same loss in
 a smaller batch; at the large one its tensors are counted without being made, as its memory may not be there.
 
     python -m benchmarks.loss_memory
-    python -m benchmarks.loss_memory --size 8192 --dense-size 2048 --rounds 1 --out loss_memory
+    python -m benchmarks.loss_memory --size 8192 --dense-size 2048 --rounds 3 --out loss_memory
 """
 
 import json
@@ -52,7 +52,7 @@ class Command:
     """Of an embedding."""
     dense_size: int = 4096
     """Global batch at which the whole matrix is measured."""
-    rounds: int = 2
+    rounds: int = 1
     """How often each case is measured."""
     out: Path | None = None
     """Folder of the record; without one, its place among the records, under today's date."""
@@ -126,6 +126,7 @@ def measure_all(command: Command) -> list[dict[str, Any]]:
         for _ in range(command.rounds):
             for case in runs:
                 runs[case].append(pool.apply(measure, (*case, command.dimension)))
+                print(*case, runs[case][-1], flush=True)
     return [{"loss": name, "how": how, "size": size, "runs": found} for (name, how, size), found in runs.items()]
 
 
@@ -151,8 +152,8 @@ def page(record: dict[str, Any]) -> str:
     return (
         "# What the losses over pairs of images and texts hold\n\n"
         f"`python -m benchmarks.loss_memory`: value and gradient at one rank, {machine['usable_cores']} cores, "
-        f"{settings['dimension']} dimensions, float32; medians of {settings['rounds']}, each in a process of its own; load "
-        f"average before: {machine['load_average_1min']:.1f}.\n\n"
+        f"{settings['dimension']} dimensions, float32; each case in {settings['rounds']} process(es) of its own "
+        f"(medians); load average before: {machine['load_average_1min']:.1f}.\n\n"
         f"{table(record['results'])}\n"
         f"Tensors: all that live at once, the two embeddings and their gradients ({settings['inputs_gb']:.3f} GB at the large "
         "batch) included. Resident: the process's peak beyond what it takes with everything imported and before the embeddings "
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "loss_memory.json", (json.dumps(record, indent=1) + "\n").encode())
     write_atomic(out / "README.md", page(record).encode())
-    print(f"{table(record['results'])}\nwritten: {out}")
+    print(f"\n{table(record['results'])}\nwritten: {out}")
 
 
 if __name__ == "__main__":
