@@ -333,6 +333,8 @@ class OptimConfig:
     """Not applied to biases and normalization parameters."""
     momentum: float = 0.9
     """Of SGD and LARS; AdamW's first beta."""
+    beta2: float = 0.999
+    """AdamW's second beta; lower where batches are of tens of thousands (CLIP: 0.98)."""
     warmup_epochs: float = 0.0
     """Length of the linear warm-up."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
@@ -353,6 +355,7 @@ class OptimConfig:
         require_positive("--optim.learning-rate", self.learning_rate)
         require(self.weight_decay >= 0, f"--optim.weight-decay {self.weight_decay}: give 0 or more")
         require(0 <= self.momentum < 1, f"--optim.momentum {self.momentum}: give a number in [0, 1)")
+        require(0 <= self.beta2 < 1, f"--optim.beta2 {self.beta2}: give a number in [0, 1)")
         require(self.warmup_epochs >= 0, f"--optim.warmup-epochs {self.warmup_epochs}: give 0 or more")
         require(
             self.decay_epochs > 0 if self.schedule == "wsd" else self.decay_epochs == 0,

@@ -98,7 +98,7 @@ def build_optimizer(config: OptimConfig, module: nn.Module, late: Late = ((), 0.
     """AdamW and SGD from torch, LARS from timm (You et al. 2017); the loop sets the rates at each step."""
     groups = parameter_groups(module, config, late)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=(config.momentum, 0.999))
+        return torch.optim.AdamW(groups, lr=0.0, betas=(config.momentum, config.beta2))
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
     # SimCLR (appendix B.6) adapts the rate of matrices and kernels alone. timm's LARS would adapt wherever there is

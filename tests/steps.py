@@ -29,7 +29,7 @@ SIDE = 16
 def small(name: str, projector: HeadConfig = PROJECTOR) -> MethodConfig:
     """A method's config with few prototypes and a small text tower, where it has any."""
     config = METHODS[name].Config(projector=projector)
-    fewer: dict[str, Any] = {key: min(value, 32) for key, value in vars(config).items() if key.endswith("prototypes")}
+    fewer: dict[str, Any] = {key: min(value, 8) for key, value in vars(config).items() if key.endswith("prototypes")}
     text: dict[str, Any] = {"text": TEXT} if METHODS[name].needs_text else {}
     return replace(config, **fewer, **text)
 

@@ -129,6 +129,7 @@ NAN, INF = float("nan"), float("inf")
         ("--optim.learning-rate", lambda: OptimConfig(learning_rate=float("inf"))),
         ("--optim.weight-decay", lambda: OptimConfig(weight_decay=-1.0)),
         ("--optim.momentum", lambda: OptimConfig(momentum=1.0)),
+        ("--optim.beta2", lambda: OptimConfig(beta2=1.0)),
         ("--optim.warmup-epochs", lambda: OptimConfig(warmup_epochs=-1.0)),
         ("--optim.clip-norm", lambda: OptimConfig(clip_norm=-1.0)),
         ("--probe.every", lambda: ProbeConfig(every=-1)),

@@ -78,7 +78,8 @@ def test_momentum_is_what_the_config_says() -> None:
         name: build_optimizer(OptimConfig(name=name, momentum=0.7), layer).param_groups for name in ("sgd", "lars")
     }
     assert all(group["momentum"] == 0.7 for both in groups.values() for group in both)
-    assert all(g["betas"] == (0.7, 0.999) for g in build_optimizer(OptimConfig(momentum=0.7), layer).param_groups)
+    optimizer = build_optimizer(OptimConfig(momentum=0.7, beta2=0.98), layer)
+    assert all(g["betas"] == (0.7, 0.98) for g in optimizer.param_groups)
 
 
 @pytest.mark.parametrize(("batch", "peak"), [(256, 0.3), (4096, 4.8), (64, 0.075)])

@@ -28,7 +28,7 @@ OPTIONS = set(
 --augment.mean --augment.std
 --encoder.name --encoder.stem --encoder.norm --encoder.dropout --encoder.drop-path --encoder.patch-size
 --batch.global --batch.micro --batch.memory-gib
---optim.name --optim.learning-rate --optim.weight-decay --optim.momentum --optim.warmup-epochs --optim.clip-norm
+--optim.name --optim.learning-rate --optim.weight-decay --optim.momentum --optim.beta2 --optim.warmup-epochs --optim.clip-norm
 --optim.schedule --optim.decay-epochs --optim.weight-decay-end --optim.layer-decay
 --probe.enabled --probe.no-enabled --probe.every --probe.knn-k --probe.knn-temperature --probe.strengths --probe.holdout
 --checkpoint.every --checkpoint.every-steps --checkpoint.every-minutes --checkpoint.keep

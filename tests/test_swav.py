@@ -127,10 +127,12 @@ def test_a_run_with_a_queue_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert_same_state(newest_checkpoint(parts.run_dir), newest_checkpoint(whole.run_dir))
 
 
-def test_a_queue_that_a_step_does_not_divide_is_refused_and_too_many_prototypes_are_remarked_on() -> None:
+def test_a_queue_that_a_step_does_not_divide_is_refused_and_so_are_prototypes_that_would_stay_without_samples() -> None:
     with pytest.raises(UserError, match=r"^--method.queue 100: must be a multiple of --batch.global 64; give 64, or 0"):
-        SwAVConfig(queue=100).check_global_batch(64)
-    (line,) = SwAVConfig(prototypes=300).remarks(1000, 10000, 64)
-    assert line.startswith("--method.prototypes 300: a step shares out 64 samples")
-    assert "--method.queue 256 is enough" in line
-    assert SwAVConfig(prototypes=300, queue=256).remarks(1000, 10000, 64) == []
+        SwAVConfig(prototypes=16, queue=100).check_global_batch(64)
+    with pytest.raises(
+        UserError, match=r"^--method.prototypes 300: a step shares out 64 samples.*--method.queue 256 is enough"
+    ):
+        SwAVConfig(prototypes=300).check_global_batch(64)
+    SwAVConfig(prototypes=300, queue=256).check_global_batch(64)
+    SwAVConfig(prototypes=64).check_global_batch(64)

@@ -60,16 +60,12 @@ class SwAVConfig(MethodConfig):
             f"--method.queue {self.queue}: must be a multiple of --batch.global {size}; give "
             f"{max(size, self.queue // size * size)}, or 0 for none",
         )
-
-    def remarks(self, num_train: int, num_seen: int, global_batch: int) -> list[str]:
-        at_once = global_batch + self.queue
-        if self.prototypes <= at_once:
-            return []
-        enough = math.ceil((self.prototypes - global_batch) / global_batch) * global_batch
-        return [
-            f"--method.prototypes {self.prototypes}: a step shares out {at_once:,} samples, so that some prototypes have none; "
-            f"--method.queue {enough} is enough, or fewer prototypes are"
-        ]
+        enough = math.ceil((self.prototypes - size) / size) * size
+        require(
+            self.prototypes <= size + self.queue,
+            f"--method.prototypes {self.prototypes}: a step shares out {size + self.queue:,} samples, so that some would have "
+            f"none; --method.queue {enough} is enough, or at most {size + self.queue} prototypes are",
+        )
 
 
 class SwAV(Method[SwAVConfig]):

@@ -52,11 +52,14 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         cifar10.cifar10_dinov2,
         cifar10.cifar10_swav,
         cifar10.cifar10_clip,
+        cifar10.cifar10_siglip,
         imagenet.imagenet_simclr_4096,
         imagenet.imagenet_dino,
         imagenet.imagenet_ibot,
         imagenet.imagenet_dinov2,
         imagenet.imagenet_swav,
+        imagenet.imagenet_clip,
+        imagenet.imagenet_siglip,
     )
 }
 DEFAULT_RECIPE = "photos"
