@@ -211,7 +211,7 @@ def test_trying_leaves_the_random_state_and_the_initial_weights_as_they_are() ->
 @pytest.mark.parametrize("norm", ["batch", "sync", "group"])
 def test_the_fewest_samples_are_those_that_a_real_pass_takes(name: str, norm: str) -> None:
     """Every method: with as many it trains, with one less it does not, on real tensors."""
-    config = with_method(small(name, HEAD), norm=norm)
+    config = with_method(small(name, HEAD), norm=norm, size=16)
     fewest = fewest_samples(config)
     for size in range(1, fewest + 1):
         method = build_method(config).train()
