@@ -2,10 +2,12 @@
 
 Trains each recipe once for each seed, by default those on the photographs with seeds 0, 1 and 2, one rank a run and as many
 runs at a time as there are cores, each on a core of its own, and writes a table of scores beside their baselines: mean and
-spread over seeds. A run that is finished already in the folder is not repeated, so an interrupted benchmark goes on.
+spread over seeds. With `--ranks` a run is what the recipe's own command starts, one after the other, so that its time is that of
+the command. A run that is finished already in the folder is not repeated, so an interrupted benchmark goes on.
 
     python -m benchmarks.methods
     python -m benchmarks.methods photos photos_byol --seeds 0 1 2 3 4 --out runs/two_methods
+    python -m benchmarks.methods photos_dino photos_swav photo_captions --ranks 2
 """
 
 import json
@@ -31,6 +33,8 @@ from dist_contrastive.recipes import RECIPES, build_recipe
 PROG = "python -m benchmarks.methods"
 PHOTOS = tuple(name for name in RECIPES if name.startswith("photos"))
 SCORES = ("linear_top1", "knn_top1", "init_linear_top1", "init_knn_top1", "raw_linear_top1", "raw_knn_top1")
+PAIRS = ("zero_shot_top1", "text_recall_at_5", "image_recall_at_5")
+"""Further scores, of runs on images with captions, where each of them, too, has one of the untrained towers beside it."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,18 @@ class Command:
     out: Path = Path("runs/methods")
     """Runs go to OUT/RECIPE-SEED, the table to OUT/table.md, the numbers to OUT/methods.json."""
     workers: int = 0
-    """Runs at a time, which share the cores evenly; 0: one a core."""
+    """Runs at a time, which share the cores evenly; 0: as many as there are cores for."""
+    ranks: int = 1
+    """Processes of a run, on CPUs; more than one are started by accelerate."""
     options: str = "--launch.device cpu"
     """Further options of every run, in one string."""
 
 
-def run(recipe: str, seed: int, command: Command, cores: Collection[int]) -> dict[str, Any]:
-    """Scores of one run, trained now on `cores` unless it is there."""
-    folder = command.out / f"{recipe}-{seed}"
+LAUNCHED = ("-m", "accelerate.commands.launch", "--config_file", "launch_configs/cpu.yaml", "--num_processes")
+
+
+def train(folder: Path, recipe: str, seed: int, command: Command, cores: Collection[int]) -> None:
+    """A run into `folder` on `cores`, unless it is there; its output to `folder`.txt, what it took to `folder`/duration_s."""
     if not (folder / "DONE").exists():
         arguments = [
             recipe,
@@ -62,15 +70,22 @@ def run(recipe: str, seed: int, command: Command, cores: Collection[int]) -> dic
             *command.options.split(),
         ]
         start = time.monotonic()
-        with open(command.out / f"{recipe}-{seed}.txt", "w", encoding="utf-8") as output:
+        launcher = () if command.ranks == 1 else (*LAUNCHED, str(command.ranks))
+        with open(f"{folder}.txt", "w", encoding="utf-8") as output:
             subprocess.run(
-                [sys.executable, "-m", "dist_contrastive.train", *arguments],
+                [sys.executable, *launcher, "-m", "dist_contrastive.train", *arguments],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 check=True,
                 preexec_fn=partial(os.sched_setaffinity, 0, cores),
             )
         (folder / "duration_s").write_text(f"{time.monotonic() - start:.0f}")
+
+
+def run(recipe: str, seed: int, command: Command, cores: Collection[int]) -> dict[str, Any]:
+    """Scores of one run, trained now unless it is there."""
+    folder = command.out / f"{recipe}-{seed}"
+    train(folder, recipe, seed, command, cores)
     probe = json.loads((folder / "probe.json").read_text())
     metrics = read_metrics(folder / "metrics.jsonl")
     ranks = [line["effective_rank"] for line in metrics if "effective_rank" in line]
@@ -78,11 +93,17 @@ def run(recipe: str, seed: int, command: Command, cores: Collection[int]) -> dic
         "recipe": recipe,
         "seed": seed,
         **{name: probe[name] for name in SCORES},
+        **{name: probe[name] for key in PAIRS for name in (key, f"init_{key}") if name in probe},
         "linear_holdout_top1": probe["linear_holdout_top1"],
         "first_effective_rank": ranks[0],
         "effective_rank": ranks[-1],
         "duration_s": int((folder / "duration_s").read_text()),
     }
+
+
+def _mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -95,18 +116,32 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     for recipe in dict.fromkeys(result["recipe"] for result in results):
         rows = [result for result in results if result["recipe"] == recipe]
 
-        def spread(name: str, scale: float = 1.0, digits: int = 3, rows: list[dict[str, Any]] = rows) -> str:
-            values = [row[name] * scale for row in rows]
-            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-            return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+        def spread(name: str, digits: int = 3, rows: list[dict[str, Any]] = rows) -> str:
+            return _mean_and_spread([row[name] for row in rows], digits)
 
-        gains = [{"gain": row["linear_top1"] - row["init_linear_top1"]} for row in rows]
+        gains = [100 * (row["linear_top1"] - row["init_linear_top1"]) for row in rows]
         cells = [
             *(spread(name) for name in SCORES),
-            spread("gain", 100, 1, gains),
-            f"{spread('first_effective_rank', 1, 0)} to {spread('effective_rank', 1, 0)}",
-            f"{statistics.mean(row['duration_s'] for row in rows):.0f}",
+            _mean_and_spread(gains, 1),
+            f"{spread('first_effective_rank', 0)} to {spread('effective_rank', 0)}",
+            spread("duration_s", 0),
         ]
+        lines.append(f"| `{recipe}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" + _pairs_table([result for result in results if PAIRS[0] in result])
+
+
+def _pairs_table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a row a recipe, of the scores that only images with captions have, each beside that of the untrained towers."""
+    if not results:
+        return ""
+    lines = [
+        "",
+        "| recipe | zero-shot top-1 | untrained | recall@5 of captions | untrained | recall@5 of images | untrained |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for recipe in dict.fromkeys(result["recipe"] for result in results):
+        rows = [result for result in results if result["recipe"] == recipe]
+        cells = [_mean_and_spread([row[name] for row in rows]) for key in PAIRS for name in (key, f"init_{key}")]
         lines.append(f"| `{recipe}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -117,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         build_recipe(recipe)  # a mistyped name is refused before the first run
     command.out.mkdir(parents=True, exist_ok=True)
     available = sorted(os.sched_getaffinity(0))
-    workers = command.workers or len(available)
+    workers = command.workers or max(len(available) // command.ranks, 1)
     free: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
     for worker in range(workers):
         free.put(available[worker::workers])
