@@ -1,4 +1,4 @@
-"""The gradient contract: at W ranks, with and without micro-batches, the gradient of one rank with the whole batch.
+"""The contract of a step: at W ranks, in micro-batches or not, gradient and state are those of one rank with the whole batch.
 
 Every method in METHODS is tested; a new one needs no line here.
 """
@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from dist_contrastive.batch import Batch
 from dist_contrastive.config import EncoderConfig
 from dist_contrastive.methods import METHODS
+from dist_contrastive.methods.base import Method
 from tests.harness import run_ranks
 from tests.steps import build, clock_at, gradient_of, share_of_batch, step_gradient
 
@@ -22,10 +24,15 @@ SYNC = replace(GROUP, norm="sync")
 SEED = {"group": 1, "batch": 3, "sync": 3}
 
 
+def share_for(method: Method, encoder: EncoderConfig) -> Batch:
+    """With smaller crops for a method that takes them."""
+    return share_of_batch(method, SEED[encoder.norm], crops=3 if method.multi_crop else 0)
+
+
 def direct_gradient(rank: int, name: str, encoder: EncoderConfig) -> dict[str, np.ndarray]:
     """Every parameter's gradient after one backward pass through the loss of the whole batch."""
     method = build(name, encoder)
-    batch = share_of_batch(method, SEED[encoder.norm])
+    batch = share_for(method, encoder)
     embeddings = method.embed_all(batch)
     with torch.no_grad():
         method.settle(embeddings, clock_at())
@@ -41,7 +48,7 @@ def direct_gradient(rank: int, name: str, encoder: EncoderConfig) -> dict[str, n
 def gradient_of_share(rank: int, name: str, encoder: EncoderConfig, micro: int) -> dict[str, np.ndarray]:
     """The same as the trainer computes it, from this rank's share."""
     method = build(name, encoder)
-    step_gradient(method, micro).compute(share_of_batch(method, SEED[encoder.norm]), clock_at())
+    step_gradient(method, micro).compute(share_for(method, encoder), clock_at())
     return gradient_of(method)
 
 
@@ -75,6 +82,31 @@ def test_gradient_is_that_of_the_global_batch(name: str, num_ranks: int, micro: 
 def test_synchronised_batch_norm_is_batch_norm_of_the_global_batch(name: str, num_ranks: int) -> None:
     for share in run_ranks(gradient_of_share, num_ranks, name, SYNC, 0):
         assert_same_gradient(share, whole(name, BATCH))
+
+
+def state_after_a_step(rank: int, name: str, micro: int) -> dict[str, np.ndarray]:
+    """What a step changes without a gradient: centers, queues, the teacher."""
+    method = build(name, GROUP)
+    outcome = step_gradient(method, micro).compute(share_for(method, GROUP), clock_at(step=20))
+    method.after_step(clock_at(step=20), outcome.embeddings)
+    trained = {n for n, p in method.named_parameters() if p.requires_grad}
+    return {n: value.numpy() for n, value in method.state_dict().items() if n not in trained}
+
+
+@functools.cache
+def state_of_one_rank(name: str) -> dict[str, np.ndarray]:
+    state: dict[str, np.ndarray] = run_ranks(state_after_a_step, 1, name, 0)[0]
+    return state
+
+
+@pytest.mark.parametrize(("num_ranks", "micro"), [(1, 3), (2, 0), (4, 1)])
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_step_leaves_the_same_state_on_every_rank(name: str, num_ranks: int, micro: int) -> None:
+    """A method's own state must not need the broadcast that DDP's buffers get: it is equal without."""
+    for state in run_ranks(state_after_a_step, num_ranks, name, micro):
+        assert state.keys() == state_of_one_rank(name).keys()
+        for n, value in state.items():
+            np.testing.assert_allclose(value, state_of_one_rank(name)[n], rtol=1e-4, atol=1e-5, err_msg=n)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
