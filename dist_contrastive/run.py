@@ -483,7 +483,9 @@ class Run:
         }
         encoder, projector = "encoder.safetensors", "projector.safetensors"
         self.write(encoder, lambda folder: save_module(folder.path / encoder, trainer.method.exported, text))
-        self.write(projector, lambda folder: save_module(folder.path / projector, trainer.method.projector, text))
+        self.write(
+            projector, lambda folder: save_module(folder.path / projector, trainer.method.exported_projector, text)
+        )
         if isinstance(trainer.method, ImageText):
             tower, name = trainer.method.text_tower, "text.safetensors"
             self.write(name, lambda folder: save_module(folder.path / name, tower, text))

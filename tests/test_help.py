@@ -90,7 +90,7 @@ def texts_of(page: str) -> tuple[dict[str, str], dict[str, str]]:
     return options, sections
 
 
-@pytest.mark.parametrize(("name", "arguments"), PAGES)
+@pytest.mark.parametrize(("name", "arguments"), PAGES, ids=[" ".join([name, *rest]) for name, rest in PAGES])
 def test_every_option_and_section_has_a_sentence(
     name: str, arguments: list[str], help_page: Callable[..., str]
 ) -> None:

@@ -139,9 +139,10 @@ def test_prototypes_stand_still_in_the_first_epochs_and_are_not_decayed_then() -
         assert not torch.equal(other, before_other)
 
 
-def test_the_teachers_encoder_is_what_a_run_gives() -> None:
+def test_the_teacher_is_what_a_run_gives() -> None:
     method = dino()
     assert method.exported is method.own_teacher.encoder
+    assert method.exported_projector is method.own_teacher.projector
 
 
 def test_uniform_targets_are_reported_as_the_logarithm_of_the_prototypes() -> None:

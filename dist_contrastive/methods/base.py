@@ -177,6 +177,11 @@ class Method(nn.Module, ABC, Generic[ConfigT]):
         """The encoder that is scored, drawn and saved for use."""
         return self.encoder
 
+    @property
+    def exported_projector(self) -> nn.Module:
+        """The projector that is saved beside it."""
+        return self.projector
+
     def predict(self, z: Tensor) -> Tensor:
         """The predictor's output of embeddings [V, B, E], of the same shape, in float32."""
         assert self.predictor, "the config has a predictor"

@@ -92,6 +92,10 @@ class SelfDistillation(Method[SelfDistillationT], Generic[SelfDistillationT]):
         return self.own_teacher.encoder
 
     @property
+    def exported_projector(self) -> nn.Module:
+        return self.own_teacher.projector
+
+    @property
     def own_teacher(self) -> Teacher:
         assert self.teacher, "its config has a teacher's momentum"
         return self.teacher
