@@ -282,6 +282,10 @@ class MethodConfig:
         return None
 
 
+MOST_KEPT = 0.1
+"""How much of a teacher may be its random start at a run's end, unsaid."""
+
+
 @dataclass(frozen=True)
 class TeacherConfig(MethodConfig):
     """A method with a teacher: a moving average of what is trained, which makes what the loss looks for."""
@@ -292,6 +296,16 @@ class TeacherConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.momentum <= 1, f"--method.momentum {self.momentum}: give a number in [0, 1]")
+
+    def remarks(self, num_train: int, num_seen: int, global_batch: int) -> list[str]:
+        steps = num_seen // global_batch
+        kept = self.momentum**steps
+        if kept <= MOST_KEPT:
+            return []
+        return [
+            f"--method.momentum {self.momentum:g}: after the run's {steps:,} steps at least {100 * kept:.0f} % of the teacher is "
+            f"still the random one that it began as; {0.01 ** (2 / max(steps, 2)):.2g} leaves next to nothing of it"
+        ]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ The dataset is OUT.beton with its checksum and its statistics in OUT.beton.json 
 their tokens in OUT.beton.captions; one that exists is replaced. The last line says where the test split comes from.
 
     python -m dist_contrastive.pack photos data/photos.beton
-    python -m dist_contrastive.pack cifar10:path/to/download data/cifar10.beton --caption-templates default
+    python -m dist_contrastive.pack cifar10:path/to/download data/cifar10_captions.beton --caption-templates default
     python -m dist_contrastive.pack folder:path/to/images data/mine.beton --max-side 256
     python -m dist_contrastive.pack images:path/to/images data/unlabelled.beton
     python -m dist_contrastive.pack pairs:path/to/captions.csv data/pairs.beton

@@ -56,7 +56,8 @@ def check_dataset(config: TrainConfig, manifest: Manifest) -> None:
         captions = manifest.captions
         if captions is None:
             raise UserError(
-                f"{config.data.path} has no captions, which {config.method.name} learns from: pack pairs of images and captions"
+                f"{config.data.path} has no captions, which {config.method.name} learns from: pack pairs of images and "
+                "captions, or give pack --caption-templates"
             )
         for option, has, wants in (
             ("vocabulary", tower.vocabulary, captions.vocabulary_size),

@@ -99,7 +99,7 @@ def describe_scores(scores: Mapping[str, Any]) -> str:
 def print_scores(probe: Mapping[str, Any]) -> None:
     """The scores of a probe.json beside their baselines, as a table; linear and kNN are fractions classified right (top-1)."""
     table = Table(title="scores on the test images", title_justify="left")
-    columns = {"this run": "", "untrained encoder": "init_", "raw pixels": "raw_"}
+    columns = {"this run": "", "untrained encoder": "init_", "raw pixels": "raw_", "chance": "chance_"}
     shown = {name: text for name, text in NAMES.items() if name in probe}
     columns = {heading: prefix for heading, prefix in columns.items() if any(prefix + name in probe for name in shown)}
     for heading in ("", *columns):

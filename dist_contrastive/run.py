@@ -11,7 +11,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 
 from dist_contrastive import distributed, liveness, preflight, signals
-from dist_contrastive.atomic import writing
+from dist_contrastive.atomic import write_atomic, writing
 from dist_contrastive.batch import steps_per_epoch
 from dist_contrastive.cadence import Cadence
 from dist_contrastive.checkpoint import Checkpoint, save_module
@@ -151,6 +151,11 @@ class Run:
                 seed=config.seed,
                 device=accelerator.device,
                 threads=self.threads,
+            )
+        self.towers: ImageTextRunner | None = None
+        if config.probe.enabled and config.method.text_tower:
+            self.towers = ImageTextRunner(
+                dataset, data=config.data, augment=config.augment, device=accelerator.device, threads=self.threads
             )
         self.scores: dict[str, Any] = {"baselines": {}, "history": []}
         self.machine = describe_machine(config, accelerator)
@@ -409,7 +414,12 @@ class Run:
 
     def summary(self) -> dict[str, Any] | None:
         """What probe.json holds; None without a probe."""
-        return self.probe.summary(self.scores["baselines"], self.scores["history"]) if self.probe else None
+        if not self.probe:
+            return None
+        found = self.probe.summary(self.scores["baselines"], self.scores["history"])
+        if self.towers:
+            found["protocol"] |= self.towers.protocol()
+        return found
 
     def untrained(self) -> Method:
         """The method as it was before the first step: its weights are a function of the config."""
@@ -417,18 +427,17 @@ class Run:
 
     def _baselines(self, probe: ProbeRunner) -> dict[str, Any]:
         untrained = self.untrained()
-        of_towers = {f"init_{name}": value for name, value in self._score_towers(untrained).items()}
-        return {**probe.baselines(untrained.exported.to(self.trainer.device)), **of_towers}
+        scores = {f"init_{name}": value for name, value in self._score_towers(untrained).items()}
+        if self.towers:
+            scores |= {f"chance_{name}": value for name, value in self.towers.chances().items()}
+        return {**probe.baselines(untrained.exported.to(self.trainer.device)), **scores}
 
     def _score_towers(self, method: Method) -> dict[str, float]:
         """Zero-shot and retrieval, where there is a text tower."""
-        if not isinstance(method, ImageText):
+        if not self.towers:
             return {}
-        config = self.config
-        runner = ImageTextRunner(
-            self.dataset, data=config.data, augment=config.augment, device=self.trainer.device, threads=self.threads
-        )
-        return runner.score(method.to(self.trainer.device))
+        assert isinstance(method, ImageText)
+        return self.towers.score(method.to(self.trainer.device))
 
     def _on_fault(self, line: str) -> None:
         """Ranks are missing, or the launcher: this process is about to end."""
@@ -487,8 +496,11 @@ class Run:
             projector, lambda folder: save_module(folder.path / projector, trainer.method.exported_projector, text)
         )
         if isinstance(trainer.method, ImageText):
-            tower, name = trainer.method.text_tower, "text.safetensors"
+            captions, tower = self.dataset.captions, trainer.method.text_tower
+            assert captions is not None, "a text tower learns from captions"
+            name, tokenizer = "text.safetensors", "tokenizer.json"
             self.write(name, lambda folder: save_module(folder.path / name, tower, text))
+            self.write(tokenizer, lambda folder: write_atomic(folder.path / tokenizer, captions.tokenizer_json))
 
         def write(folder: RunFolder) -> None:
             if report and self.metrics:

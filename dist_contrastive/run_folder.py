@@ -17,7 +17,7 @@ from dist_contrastive.run_status import CONFIG, DONE, StatusFile
 # Everything a run writes; `--overwrite` deletes these and nothing else.
 OWN_NAMES = (
     "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "encoder.safetensors", "projector.safetensors",
-    "text.safetensors", "probe.json", "probes", "plots", "report.html", "machine.json", "status.json", "DONE",
+    "text.safetensors", "tokenizer.json", "probe.json", "probes", "plots", "report.html", "machine.json", "status.json", "DONE",
 )  # fmt: skip
 CHECKPOINTS = "checkpoints"
 

@@ -16,8 +16,9 @@ from dist_contrastive import distributed
 from dist_contrastive.batch import Samples
 from dist_contrastive.config import EncoderConfig, HeadConfig, ProbeConfig
 from dist_contrastive.data.beton import open_dataset
+from dist_contrastive.data.format import TEST
 from dist_contrastive.evaluation import image_text as module
-from dist_contrastive.evaluation.image_text import recalls, zero_shot
+from dist_contrastive.evaluation.image_text import chance_recalls, recalls, zero_shot
 from dist_contrastive.losses import blocks
 from dist_contrastive.methods.clip import CLIP, CLIPConfig
 from dist_contrastive.methods.image_text import ImageText
@@ -100,13 +101,25 @@ def test_clips_scale_goes_no_further_than_a_hundred() -> None:
     assert beyond.item() == pytest.approx(at_most.item(), rel=1e-5)
     beyond.backward()
     assert method.log_scale.grad is not None
-    assert not method.log_scale.grad.any()
+    assert method.log_scale.grad.any(), "it can come back"
+    method.after_step(clock_at(), {})
+    assert method.log_scale.item() == pytest.approx(math.log(100))
 
 
 def test_a_scale_that_sinks_is_told_of_and_one_that_rises_is_not() -> None:
     method = built("clip")
     assert "has sunk to 1.05: pairs are not told apart" in method.alarm({"logit_scale": 1.05}, clock_at())
     assert method.alarm({"logit_scale": 100.0}, clock_at()) == ""
+    cool = built("clip", temperature=1.0)
+    assert cool.alarm({"logit_scale": 0.9}, clock_at()) == ""
+    assert "has sunk to 0.40" in cool.alarm({"logit_scale": 0.4}, clock_at())
+
+
+def test_a_bias_that_does_not_suit_the_global_batch_is_remarked_on() -> None:
+    (line,) = SigLIPConfig(bias=-10.0).remarks(1000, 10000, 256)
+    assert line.startswith("--method.bias -10: with a global batch of 256 both kinds of pairs weigh the same at -5.54")
+    assert SigLIPConfig(bias=-10.0).remarks(1000, 10000, 32768) == []
+    assert SigLIPConfig().remarks(1000, 10000, 256) == []
 
 
 def step_on_rank(rank: int, name: str, micro: int) -> tuple[float, dict[str, np.ndarray]]:
@@ -150,19 +163,43 @@ def test_a_captions_feature_does_not_depend_on_its_padding_and_depends_on_each_t
 
 
 def test_recalls_are_those_of_sorting_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK", 7)
+    monkeypatch.setattr(module, "BLOCK", 150)
     generator = torch.Generator().manual_seed(0)
     images = torch.nn.functional.normalize(torch.randn(20, 5, generator=generator), dim=1)
-    owners = torch.arange(20).repeat_interleave(3)
-    captions = torch.nn.functional.normalize(images[owners] + 1.5 * torch.randn(60, 5, generator=generator), dim=1)
-    found = recalls(images, captions, owners)
+    pairs = [(i, j) for i in range(20) for j in (2 * i, 2 * i + 1, (7 * i) % 40)]  # some captions are of several images
+    owners = torch.arange(20).repeat_interleave(2)
+    captions = torch.nn.functional.normalize(images[owners] + 1.5 * torch.randn(40, 5, generator=generator), dim=1)
+    found = recalls(images, captions, torch.tensor(pairs))
     similar = (images @ captions.T).numpy()
     for k in (1, 5, 10):
-        of_images = [set(owners[np.argsort(-similar[i])[:k]].tolist()) for i in range(20)]
-        assert found[f"text_recall_at_{k}"] == pytest.approx(np.mean([i in own for i, own in enumerate(of_images)]))
-        of_texts = [int(owners[j]) in np.argsort(-similar[:, j])[:k] for j in range(60)]
+        of_images = [any((i, j) in pairs for j in np.argsort(-similar[i])[:k]) for i in range(20)]
+        assert found[f"text_recall_at_{k}"] == pytest.approx(np.mean(of_images))
+        of_texts = [any((i, j) in pairs for i in np.argsort(-similar[:, j])[:k]) for j in range(40)]
         assert found[f"image_recall_at_{k}"] == pytest.approx(np.mean(of_texts))
-    assert recalls(images[:3], captions[:3], owners[:3])["text_recall_at_10"] <= 1, "fewer than are looked for"
+    assert 0 < found["text_recall_at_1"] < found["text_recall_at_10"]
+
+
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_towers_that_have_collapsed_find_nothing(value: float) -> None:
+    same, pairs = torch.full((20, 5), value), torch.arange(20)[:, None].expand(20, 2)
+    assert set(recalls(same, same, pairs).values()) == {0.0}
+    apart = torch.eye(20)
+    assert set(recalls(apart, apart, pairs).values()) == {1.0}
+
+
+def test_chance_is_what_candidates_in_a_random_order_score() -> None:
+    pairs = torch.tensor([(i, j) for i in range(12) for j in {i, (5 * i) % 12, 3}])
+    numbers = np.random.default_rng(0)
+    orders = [numbers.permutation(12) for _ in range(4000)]
+    found = chance_recalls(pairs, 12, 12)
+    for name, column in (("text", 0), ("image", 1)):
+        own = [{int(pair[1 - column]) for pair in pairs if pair[column] == query} for query in range(12)]
+        for k in (1, 5, 10):
+            hits = [np.mean([bool(of_query & set(order[:k])) for of_query in own]) for order in orders]
+            assert found[f"{name}_recall_at_{k}"] == pytest.approx(np.mean(hits), abs=0.02)
+    few = chance_recalls(torch.tensor([(0, 0), (1, 1)]), 2, 2)
+    assert few["text_recall_at_1"] == pytest.approx(0.5)
+    assert few["text_recall_at_10"] == 1, "fewer than are looked for"
 
 
 def test_zero_shot_takes_the_nearest_class() -> None:
@@ -179,10 +216,16 @@ def test_a_run_scores_both_towers_beside_the_untrained_ones_alike_on_two_ranks(t
     run_ranks(train_on_rank, 2, replace(config, run_dir=tmp_path / "two"))
     one, two = (json.loads((tmp_path / run / "probe.json").read_text()) for run in ("one", "two"))
     names = ["zero_shot_top1", *(f"{side}_recall_at_{k}" for side in ("text", "image") for k in (1, 5, 10))]
-    for name in (*names, *(f"init_{name}" for name in names)):
+    for name in (*names, *(f"init_{name}" for name in names), *(f"chance_{name}" for name in names)):
         assert 0 <= one[name] <= 1
         assert two[name] == pytest.approx(one[name], abs=0.07)
     assert "linear_top1" in one
+    dataset = open_dataset(config.data.path)
+    captions = dataset.captions
+    assert captions is not None
+    texts = {text for index in dataset.indices(TEST) for text in captions.texts(int(index))}
+    assert one["protocol"]["retrieval_captions"] == len(texts)
+    assert (tmp_path / "one" / "tokenizer.json").read_bytes() == captions.tokenizer_json
     tower = load_file(tmp_path / "one" / "text.safetensors")
     assert tower["projector.weight"].shape == (16, TEXT.width)
 

@@ -227,3 +227,27 @@ def test_a_mask_ratio_that_hides_nothing_or_all_is_refused(ratio: tuple[float, f
         IBOTConfig(mask_ratio=ratio)
     with pytest.raises(UserError, match=r"^--method.mask-probability 0: .*dino learns without masks"):
         IBOTConfig(mask_probability=0.0)
+
+
+@each_config
+def test_patches_that_collapse_are_told_of(name: str) -> None:
+    method = built(name)
+    batch = share_of_batch(method)
+    embeddings = method.embed_all(batch)
+    method.settle(embeddings, clock_at())
+    report = method.report(embeddings, logged=True)
+    assert (
+        0
+        < report["patch_target_entropy"]
+        <= report["mean_patch_target_entropy"]
+        <= math.log(method.num_patch_prototypes)
+    )
+    healthy = {"target_entropy": 1.0, "mean_target_entropy": 2.3}
+    later, largest = clock_at(step=20), math.log(method.num_patch_prototypes)
+    uniform = healthy | {"patch_target_entropy": 0.999 * largest, "mean_patch_target_entropy": largest}
+    assert method.alarm(uniform, later).startswith("of patches: all targets are uniform")
+    single = healthy | {"patch_target_entropy": 0.001, "mean_patch_target_entropy": 0.001}
+    assert method.alarm(single, later).startswith("of patches: one prototype has nearly all samples")
+    unmasked = healthy | {"patch_target_entropy": 0.0, "mean_patch_target_entropy": 0.0}
+    assert method.alarm(unmasked, later) == ""
+    assert method.alarm(uniform, clock_at(step=9)) == ""

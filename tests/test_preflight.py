@@ -27,6 +27,7 @@ from dist_contrastive.config import (
 from dist_contrastive.data.beton import open_dataset
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.cpc import CPCConfig
+from dist_contrastive.methods.byol import BYOLConfig
 from dist_contrastive.methods.moco import MoCoConfig
 from dist_contrastive.methods.simclr import SimCLR
 from dist_contrastive.step.gradient import split
@@ -360,11 +361,16 @@ def test_an_evaluation_crop_of_less_than_a_pixel_is_refused(dataset: Path, tmp_p
         ({"checkpoint": CheckpointConfig(every=5, every_steps=100)}, None),
         ({"checkpoint": CheckpointConfig(every=5, every_minutes=10)}, None),
         (
-            {"method": MoCoConfig(queue=16 * 8)},
+            {"method": MoCoConfig(queue=16 * 8, momentum=0.5)},
             "--method.queue 128 holds more keys than there are training samples (100)",
         ),
-        ({"method": MoCoConfig(queue=16 * 25)}, "--method.queue 400: the run makes 384 keys"),
-        ({"method": MoCoConfig(queue=16 * 6)}, None),
+        ({"method": MoCoConfig(queue=16 * 25, momentum=0.5)}, "--method.queue 400: the run makes 384 keys"),
+        ({"method": MoCoConfig(queue=16 * 6, momentum=0.5)}, None),
+        (
+            {"method": BYOLConfig(momentum=0.99)},
+            "--method.momentum 0.99: after the run's 24 steps at least 79 % of the teacher is still the random one that it began "
+            "as; 0.68 leaves next to nothing of it",
+        ),
     ],
 )
 def test_what_works_and_may_not_be_meant_is_said(

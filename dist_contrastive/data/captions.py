@@ -148,11 +148,6 @@ class Captions:
         return self._entry.vocabulary_size
 
     @cached_property
-    def tokenizer_sha256(self) -> str:
-        """Of the tokenizer's JSON: what two datasets of one vocabulary have in common."""
-        return hashlib.sha256(self._tokenizer.numpy()).hexdigest()
-
-    @cached_property
     def tokenizer_json(self) -> bytes:
         """The tokenizer as `--tokenizer` of pack takes it, and whoever reads prompts without this dataset."""
         return self._tokenizer.numpy().tobytes()

@@ -42,6 +42,11 @@ def captions_path(path: Path) -> Path:
     return path.with_name(path.name + ".captions")
 
 
+def spoken(name: str) -> str:
+    """The name of a class as captions and prompts say it."""
+    return name.replace("_", " ")
+
+
 @dataclass(frozen=True)
 class LeftOut:
     """Something of the source that is not in the dataset: a bad image, or what is there under another name."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dist_contrastive import rng
+from dist_contrastive.data.format import spoken
 
 NUM_CAPTIONS = 5
 """Of each patch."""
@@ -49,7 +50,7 @@ def captions_of(patch: np.ndarray, name: str, y: int, x: int, height: int, width
 
     Each comes from another template; which ones, the place of the patch decides.
     """
-    words = vars(measure(patch)) | {"name": name.replace("_", " "), "place": _place(patch, y, x, height, width)}
+    words = vars(measure(patch)) | {"name": spoken(name), "place": _place(patch, y, x, height, width)}
     chosen = rng.permutation(y, x, len(TEMPLATES))[:NUM_CAPTIONS]
     return tuple(TEMPLATES[number].format(**words) for number in chosen)
 

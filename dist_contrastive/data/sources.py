@@ -28,7 +28,7 @@ from dist_contrastive.data.folders import (
     recognise,
     split_role,
 )
-from dist_contrastive.data.format import NO_LABEL, TEST, TRAIN, LeftOut
+from dist_contrastive.data.format import NO_LABEL, TEST, TRAIN, LeftOut, spoken
 from dist_contrastive.data.pairs import Columns, Member, Pair, list_pairs
 from dist_contrastive.data.photo_captions import captions_of
 from dist_contrastive.data.spec import EMBEDDED_KINDS, read_spec
@@ -148,7 +148,7 @@ def with_templates(source: Source, templates: Sequence[str]) -> Source:
         not any(sample.captions for sample in source.samples),
         f"--caption-templates: {source.spec} has captions of its own; leave it out",
     )
-    names = [name.replace("_", " ") for name in source.classes]
+    names = [spoken(name) for name in source.classes]
     captions = [tuple(template.replace(CLASS_PLACE, name) for template in templates) for name in names]
     return replace(source, samples=tuple(replace(s, captions=captions[s.label]) for s in source.samples))
 

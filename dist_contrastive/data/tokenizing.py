@@ -5,7 +5,6 @@ same captions, in any order, give the same tokenizer. A caption is `start`, its 
 `PADDING`, whatever a given tokenizer pads with. What is longer than the limit loses tokens before `end`.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,11 +44,6 @@ class TextEncoder:
     def json(self) -> bytes:
         """The tokenizer's own JSON, from which `read_tokenizer` makes it again."""
         return self.tokenizer.to_str().encode()
-
-    @property
-    def sha256(self) -> str:
-        """Of the tokenizer's JSON."""
-        return hashlib.sha256(self.json).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, int]:
         """Token ids int32 [n, L] of `texts`, and how many of these were cut to the limit."""

@@ -1,6 +1,8 @@
 """Scores of an image tower and a text tower: zero-shot classification by prompts, and retrieval both ways."""
 
+import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from dist_contrastive import distributed, signals
 from dist_contrastive.config import AugmentConfig, DataConfig
 from dist_contrastive.data.beton import Dataset
 from dist_contrastive.data.captions import Captions
-from dist_contrastive.data.format import TEST
+from dist_contrastive.data.format import TEST, spoken
 from dist_contrastive.evaluation.features import extract, frozen
 from dist_contrastive.methods.image_text import ImageText
 
@@ -19,12 +21,15 @@ PROMPTS = ("{}", "{}.", "a photo of {}.", "a photo of a {}.", "a picture of {}."
 """Around a class's name; a class is the mean of their embeddings (Radford et al. 2021, section 3.1.4)."""
 RECALLS = (1, 5, 10)
 BATCH_SIZE = 256
-BLOCK = 1024
-"""Rows whose similarities to all others are held at a time."""
+BLOCK = 2**24
+"""Similarities that are held at a time."""
 
 
 class ImageTextRunner:
-    """Scores towers on the test images of one dataset and their captions. All ranks call `score` together."""
+    """Scores towers on the test images of one dataset and their captions. All ranks call `score` together.
+
+    Captions are told apart by their text: one that several images have is one candidate, and right for each of them.
+    """
 
     def __init__(
         self, dataset: Dataset, *, data: DataConfig, augment: AugmentConfig, device: torch.device, threads: int
@@ -34,21 +39,23 @@ class ImageTextRunner:
         self.device = device
         self._settings: dict[str, Any] = {"data": data, "augment": augment, "device": device, "threads": threads}
         self._indices = dataset.indices(TEST)
+        own = [dict.fromkeys(self.captions.texts(int(index))) for index in self._indices]
+        positions = {text: number for number, text in enumerate(dict.fromkeys(chain.from_iterable(own)))}
+        self._texts = list(positions)
+        pairs = [(image, positions[text]) for image, texts in enumerate(own) for text in texts]
+        self._pairs = torch.tensor(pairs, device=device)
 
     def score(self, method: ImageText[Any]) -> dict[str, float]:
         """`zero_shot_top1`, where the dataset has classes, and for k in RECALLS the shares of images that find one of their
-        captions among the k nearest, `text_recall_at_k`, and of captions that find their image, `image_recall_at_k`."""
+        captions among the k nearest, `text_recall_at_k`, and of captions that find one of their images, `image_recall_at_k`."""
         features = extract(method.exported, self.dataset, self._indices, **self._settings)
-        texts = [self.captions.texts(int(index)) for index in self._indices]
-        owners = torch.tensor([image for image, own in enumerate(texts) for _ in own], device=self.device)
 
         def measure() -> dict[str, float]:
             with frozen(method):
                 images = embed_images(method, features)
-                captions = self._embed(method, [text for own in texts for text in own])
-                scores = recalls(images, captions, owners)
-                names = self.dataset.manifest.classes
+                scores = recalls(images, self._embed(method, self._texts), self._pairs)
                 if self.dataset.manifest.has_labels:
+                    names = [spoken(name) for name in self.dataset.manifest.classes]
                     prompts = [[template.format(name) for template in PROMPTS] for name in names]
                     of_classes = torch.stack([self._embed(method, of_class).mean(0) for of_class in prompts])
                     labels = torch.from_numpy(self.dataset.labels[self._indices]).to(self.device)
@@ -56,6 +63,21 @@ class ImageTextRunner:
             return scores
 
         return distributed.together(measure)
+
+    def chances(self) -> dict[str, float]:
+        """What guessing scores, under the names that `score` gives."""
+        scores = chance_recalls(self._pairs, len(self._indices), len(self._texts))
+        if self.dataset.manifest.has_labels:
+            scores["zero_shot_top1"] = 1 / len(self.dataset.manifest.classes)
+        return scores
+
+    def protocol(self) -> dict[str, Any]:
+        """How the scores come about, for whoever compares them."""
+        return {
+            "prompts": list(PROMPTS) if self.dataset.manifest.has_labels else [],
+            "retrieval_images": len(self._indices),
+            "retrieval_captions": len(self._texts),
+        }
 
     def _embed(self, method: ImageText[Any], texts: Sequence[str]) -> Tensor:
         """Embeddings [n, E] of texts."""
@@ -84,24 +106,45 @@ def zero_shot(images: Tensor, classes: Tensor, labels: Tensor) -> float:
 
 
 @torch.no_grad()
-def recalls(images: Tensor, captions: Tensor, owners: Tensor) -> dict[str, float]:
-    """Recall at each k of RECALLS both ways, of `images` [n, E] and `captions` [m, E] of the images `owners` int64 [m].
+def recalls(images: Tensor, captions: Tensor, pairs: Tensor) -> dict[str, float]:
+    """Recall at each k of RECALLS both ways, of `images` [n, E] and `captions` [m, E]; `pairs` int64 [p, 2] says which image and
+    which caption belong together.
 
-    An image is found among all images, a caption among all captions; an image with several captions is right with any of them.
+    Right is whatever has one of its own among the k nearest. What is exactly as near as the nearest of its own, or not a number,
+    counts as nearer, so that towers that map everything to one point find nothing.
     """
-    most = min(max(RECALLS), len(captions))
-    texts_found, images_found = [], []
-    for start in range(0, len(images), BLOCK):
-        rows = torch.arange(start, min(start + BLOCK, len(images)), device=images.device)
-        nearest = (images[rows] @ captions.T).topk(most, dim=1).indices
-        texts_found.append(owners[nearest] == rows[:, None])
-    for start in range(0, len(captions), BLOCK):
-        part = captions[start : start + BLOCK]
-        nearest = (part @ images.T).topk(min(max(RECALLS), len(images)), dim=1).indices
-        images_found.append(nearest == owners[start : start + BLOCK, None])
-    of_images, of_texts = torch.cat(texts_found), torch.cat(images_found)
+    found = {"text": _num_nearer(images, captions, pairs), "image": _num_nearer(captions, images, pairs.flip(1))}
     return {
-        f"{name}_recall_at_{k}": float(found[:, :k].any(1).float().mean())
-        for name, found in (("text", of_images), ("image", of_texts))
-        for k in RECALLS
+        f"{name}_recall_at_{k}": float((nearer < k).float().mean()) for name, nearer in found.items() for k in RECALLS
     }
+
+
+def _num_nearer(queries: Tensor, candidates: Tensor, pairs: Tensor) -> Tensor:
+    """For each of `queries` [n, E], how many of `candidates` [m, E] that are not its own are as near as the nearest that is:
+    int64 [n]."""
+    parts = []
+    rows = max(1, BLOCK // len(candidates))
+    for start in range(0, len(queries), rows):
+        similarity = queries[start : start + rows] @ candidates.T
+        query, own = pairs[(pairs[:, 0] >= start) & (pairs[:, 0] < start + rows)].T
+        query = query - start
+        nearest = similarity.new_full((len(similarity),), -math.inf)
+        nearest.scatter_reduce_(0, query, similarity[query, own], "amax")
+        similarity[query, own] = -math.inf
+        parts.append((~(similarity < nearest[:, None])).sum(1))
+    return torch.cat(parts)
+
+
+def chance_recalls(pairs: Tensor, num_images: int, num_captions: int) -> dict[str, float]:
+    """`recalls` as they are expected of candidates in an order of chance."""
+    scores = {}
+    for name, column, num_candidates in (("text", 0, num_captions), ("image", 1, num_images)):
+        num_own = pairs[:, column].bincount().double()
+        missed = torch.ones_like(num_own)
+        for k in range(1, max(RECALLS) + 1):
+            # The k-th of the candidates is none of its own, as none was before it.
+            left = num_candidates - (k - 1)
+            missed *= ((left - num_own) / left).clamp(min=0) if left > 0 else 0.0
+            if k in RECALLS:
+                scores[f"{name}_recall_at_{k}"] = float(1 - missed.mean())
+    return scores

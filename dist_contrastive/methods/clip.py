@@ -7,7 +7,7 @@ from typing import Annotated
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 from dist_contrastive import distributed
 from dist_contrastive.batch import Samples
@@ -20,7 +20,8 @@ from dist_contrastive.schedules import Clock
 LARGEST_SCALE = 100.0
 """Of the logits (section 2.5)."""
 SUNKEN_SCALE = 2.0
-"""A scale that has come down to this says that no pair is told from others; one that rises to the largest is as it should be."""
+"""A scale that has come down to this, or to half of where it began if that is less, says that no pair is told from others; one
+that rises to the largest is as it should be."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,28 @@ class CLIP(ImageText[CLIPConfig]):
     def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
         images, texts = embeddings["z"][0], embeddings["text"][0]
         own = torch.arange(len(images), device=images.device) + distributed.row_offset(len(images))
-        scale = self.log_scale.clamp(max=math.log(LARGEST_SCALE)).exp()
+        scale = self._held_scale().exp()
         of_images = indexed_nce(scale * images, distributed.gather_with_grad(texts), own, temperature=1.0)
         of_texts = indexed_nce(scale * texts, distributed.gather_with_grad(images), own, temperature=1.0)
         return {"loss": (of_images + of_texts) / 2, "of_images": of_images, "of_texts": of_texts}
 
+    def _held_scale(self) -> Tensor:
+        """The logarithm of the scale [1], at most that of the largest; its gradient is that of one without a limit, or it would
+        stay there for good where something else than `after_step` has moved it beyond (ZeRO updates a copy of its own)."""
+        held = self.log_scale.clamp(max=math.log(LARGEST_SCALE))
+        return self.log_scale + (held - self.log_scale).detach()
+
+    def after_step(self, clock: Clock, embeddings: Embeddings) -> None:
+        with torch.no_grad():
+            self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
+        super().after_step(clock, embeddings)
+
     def report(self, embeddings: Embeddings, *, logged: bool) -> Report:
-        scale = self.log_scale.detach()[0].exp().clamp(max=LARGEST_SCALE)
+        scale = self._held_scale().detach()[0].exp()
         return {**super().report(embeddings, logged=logged), "logit_scale": scale}
 
     def alarm(self, values: Mapping[str, float], clock: Clock) -> str:
-        if values["logit_scale"] > SUNKEN_SCALE:
+        if values["logit_scale"] > min(SUNKEN_SCALE, 0.5 / self.config.temperature):
             return ""
         return (
             f"the learnt scale of the logits has sunk to {values['logit_scale']:.2f}: pairs are not told apart; are captions "

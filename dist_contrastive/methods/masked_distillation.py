@@ -1,7 +1,7 @@
 """Self-distillation of masked patches beside that of whole views. What iBOT and DINOv2 share."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import require
-from dist_contrastive.losses.prototypes import prototype_cross_entropy
-from dist_contrastive.methods.base import Embeddings, Losses, MethodSettings, numbered
+from dist_contrastive.losses.prototypes import assignment_entropies, prototype_cross_entropy
+from dist_contrastive.methods.base import Embeddings, Losses, MethodSettings, Report, numbered
 from dist_contrastive.methods.self_distillation import SelfDistillation, SelfDistillationConfig
 from dist_contrastive.models.base import Features
-from dist_contrastive.models.centering import Centering
+from dist_contrastive.models.centering import Centering, describe_collapse
 from dist_contrastive.models.heads import PrototypeHead
 from dist_contrastive.models.masks import block_masks, masked_places, most_masked
 from dist_contrastive.schedules import Clock
@@ -58,7 +58,8 @@ class MaskedDistillation(SelfDistillation[MaskedT], Generic[MaskedT]):
     """What the student makes of masked patches looks for what the teacher, who sees them, makes of the same patches.
 
     The student's views of the first size are masked for both losses. Attributes: `mask_token`, in place of a masked patch's
-    embedding; `patch_centering` of the teacher's assignments of patches.
+    embedding; `patch_centering` of the teacher's assignments of patches, over the masked ones (a center of iBOT's authors is over
+    all patches, of which the masked ones are a random part).
     """
 
     needs_patches = True
@@ -152,6 +153,26 @@ class MaskedDistillation(SelfDistillation[MaskedT], Generic[MaskedT]):
         )
         loss = of_views + self.config.patch_weight * of_patches
         return {"loss": loss, "of_views": of_views, "of_patches": of_patches}
+
+    def report(self, embeddings: Embeddings, *, logged: bool) -> Report:
+        report = super().report(embeddings, logged=logged)
+        if logged:
+            report["patch_target_entropy"], report["mean_patch_target_entropy"] = assignment_entropies(
+                embeddings["patch_k"].flatten(0, 2),
+                _of_patches(self.own_teacher.projector).prototypes().detach(),
+                bias=self.patch_centering.bias,
+                temperature=self.target_temperature,
+                weights=embeddings["patch_weight"].flatten(),
+            )
+        return report
+
+    def alarm(self, values: Mapping[str, float], clock: Clock) -> str:
+        of_views = super().alarm(values, clock)
+        entropies = values["patch_target_entropy"], values["mean_patch_target_entropy"]
+        if of_views or clock.epoch < 1 or not any(entropies):  # both are 0 where no patch of the step is masked
+            return of_views
+        of_patches = describe_collapse(*entropies, self.num_patch_prototypes)
+        return f"of patches: {of_patches}" if of_patches else ""
 
     def after_step(self, clock: Clock, embeddings: Embeddings) -> None:
         self.patch_centering.follow(

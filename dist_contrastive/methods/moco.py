@@ -51,16 +51,17 @@ class MoCoConfig(TeacherConfig):
         )
 
     def remarks(self, num_train: int, num_seen: int, global_batch: int) -> list[str]:
+        lines = super().remarks(num_train, num_seen, global_batch)
         if self.queue > num_seen:
-            return [
+            lines.append(
                 f"--method.queue {self.queue}: the run makes {num_seen:,} keys; the random ones it begins with stay to the end"
-            ]
-        if self.queue > num_train:
-            return [
+            )
+        elif self.queue > num_train:
+            lines.append(
                 f"--method.queue {self.queue} holds more keys than there are training samples ({num_train:,}): earlier keys of a "
                 "sample are among its negatives"
-            ]
-        return []
+            )
+        return lines
 
 
 class MoCo(Method[MoCoConfig]):

@@ -1,7 +1,7 @@
 """SigLIP (Zhai et al. 2023, "Sigmoid loss for language image pre-training")."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -14,6 +14,9 @@ from dist_contrastive.config import require, require_positive
 from dist_contrastive.losses.sigmoid import sigmoid_loss
 from dist_contrastive.methods.base import Embeddings, Losses, MethodSettings, Report
 from dist_contrastive.methods.image_text import ImageText, ImageTextConfig
+
+FAR_BIAS = 2.0
+"""From where on a bias is not about the one with which both kinds of pairs weigh the same: e² times as much."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,28 @@ class SigLIPConfig(ImageTextConfig):
             f"--method.bias {self.bias}: give a number that is not above 0, or auto",
         )
 
+    def initial_bias(self, global_batch: int) -> float:
+        return -math.log(global_batch - 1) if self.bias == "auto" else self.bias
+
+    def remarks(self, num_train: int, num_seen: int, global_batch: int) -> list[str]:
+        balanced = replace(self, bias="auto").initial_bias(global_batch)
+        if abs(self.initial_bias(global_batch) - balanced) <= FAR_BIAS:
+            return []
+        return [
+            f"--method.bias {self.bias:g}: with a global batch of {global_batch:,} both kinds of pairs weigh the same at "
+            f"{balanced:.2f}; the first steps go into the bias. auto takes that number"
+        ]
+
 
 class SigLIP(ImageText[SigLIPConfig]):
     """Of each image and each caption of the global batch it is told by itself whether they belong together."""
 
     def __init__(self, settings: MethodSettings[SigLIPConfig]) -> None:
         super().__init__(settings)
-        bias = -math.log(settings.global_batch - 1) if self.config.bias == "auto" else self.config.bias
+        bias = self.config.initial_bias(settings.global_batch)
         # With an axis: DeepSpeed takes no parameters without.
         self.log_scale = nn.Parameter(torch.tensor([math.log(self.config.scale)]))
-        self.bias = nn.Parameter(torch.tensor([float(bias)]))
+        self.bias = nn.Parameter(torch.tensor([bias]))
 
     def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
         images, texts = embeddings["z"][0], embeddings["text"][0]

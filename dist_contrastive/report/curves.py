@@ -135,7 +135,7 @@ def positive_cosine(inputs: RunReport) -> tuple[Section, Figure | None]:
 
     def draw_cosine(ax: Axes) -> None:
         _curve(ax, inputs, "positive_cosine", BLUE)
-        ax.set_ylabel("cosine of two views of one image")
+        ax.set_ylabel("cosine of a positive pair")
         _height(ax, ax.dataLim.y0, max(1.0, ax.dataLim.y1))
 
     def draw_rank(ax: Axes) -> None:
@@ -146,8 +146,8 @@ def positive_cosine(inputs: RunReport) -> tuple[Section, Figure | None]:
     panels = []
     if _has(inputs, "positive_cosine"):
         text = (
-            "how alike the embeddings of two views of one image are; 1 is the same direction. It should rise well above 0 and "
-            "stay below 1."
+            "how alike the embeddings of a positive pair are (two views of an image, or an image and its caption); 1 is the "
+            "same direction. It should rise well above 0 and stay below 1."
         )
         panels.append(Panel("Positive cosine", draw_cosine, text))
     if _has(inputs, "effective_rank"):

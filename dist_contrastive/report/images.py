@@ -173,10 +173,14 @@ def views(inputs: RunReport) -> tuple[Section, Figure | None]:
         ax.text(left - 0.1, y + 0.5, name, ha="right", va="center", fontweight="bold" if row == 0 else "normal")
         for column in range(samples):
             _tile(ax, originals[column] if row == 0 else views[row - 1][column], left + column * pitch, y)
+    aim = (
+        "The views of one original, its column, must get similar embeddings, those of different originals different ones."
+        if num_views > 1
+        else "The view of an original, its column, must get an embedding like its caption's."
+    )
     return Section(
         "views",
         title,
-        "The views of one original, its column, must get similar embeddings, those of different originals different ones. You "
-        "should still recognise most views. Views that are all alike make the task trivial; views in which nothing is left "
-        "of the image make it impossible.",
+        f"{aim} You should still recognise most views. Views that are all alike make the task trivial; views in which nothing is "
+        "left of the image make it impossible.",
     ), figure

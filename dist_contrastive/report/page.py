@@ -171,6 +171,17 @@ def _summary(inputs: RunReport, flat: Mapping[str, Any], order: Sequence[str], s
         columns[:2],
         lambda value: f"{value:.2f}".replace("-", "−") if is_number(value) else "–",
     )
+    pairs = _score_table(
+        "Test images and captions that find each other",
+        probe,
+        [
+            ("Zero-shot: images classified right by prompts", "zero_shot_top1"),
+            *((f"Images with a caption of theirs among the {k} nearest", f"text_recall_at_{k}") for k in (1, 5, 10)),
+            *((f"Captions with an image of theirs among the {k} nearest", f"image_recall_at_{k}") for k in (1, 5, 10)),
+        ],
+        (("This run", ""), ("Untrained towers", "init_"), ("Chance", "chance_")),
+        _percent,
+    )
     if scores:
         parts += [scores, _other_k(probe), _best(probe)]
     elif free:
@@ -181,7 +192,7 @@ def _summary(inputs: RunReport, flat: Mapping[str, Any], order: Sequence[str], s
         )
     else:
         parts.append('<p class="notice">This run was not probed, so there are no scores.</p>')
-    parts.append(free)
+    parts += [pairs, free]
     facts = "".join(
         f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in _facts(inputs, flat, seconds).items()
     )
