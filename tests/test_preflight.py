@@ -26,8 +26,8 @@ from dist_contrastive.config import (
 )  # fmt: skip
 from dist_contrastive.data.beton import open_dataset
 from dist_contrastive.methods import METHODS
-from dist_contrastive.methods.cpc import CPCConfig
 from dist_contrastive.methods.byol import BYOLConfig
+from dist_contrastive.methods.cpc import CPCConfig
 from dist_contrastive.methods.moco import MoCoConfig
 from dist_contrastive.methods.simclr import SimCLR
 from dist_contrastive.step.gradient import split

@@ -79,8 +79,8 @@ def imagenet_dino() -> TrainConfig:
     Command:  accelerate launch --config_file launch_configs/node_8gpu.yaml -m dist_contrastive.train imagenet_dino
     Cost:     unknown, 8 GPUs; 100 epochs, 1.75 days on 8 V100 by the authors.
     Expected: linear 0.740; the authors' at 100 epochs, with kNN 0.693.
-    Source:   the authors' command for ViT-S at 100 epochs (64 images on each of 8 GPUs); the whole gradient is clipped, not each parameter's, and
-              prototypes have unit length.
+    Source:   the authors' command for ViT-S at 100 epochs (64 images on each of 8 GPUs); the whole gradient is clipped, not each
+              parameter's, and prototypes have unit length.
     """
     method = DINOConfig(teacher_temperature=0.04, teacher_temperature_epochs=0.0)
     encoder = EncoderConfig(name="vit_small_patch16_224", norm="group", drop_path=0.1)
@@ -111,8 +111,8 @@ def imagenet_dinov2() -> TrainConfig:
     Command:  accelerate launch --config_file launch_configs/multi_node.yaml -m dist_contrastive.train imagenet_dinov2
     Cost:     unknown, 32 GPUs; 100 epochs, about a day on 32 A100 by the authors.
     Expected: unknown; the authors' short schedule has linear 0.829 and kNN 0.816 with a shared head and a moving center.
-    Source:   the authors' short schedule (vitl16_short.yaml), whose rate is 0.004 · √(batch / 1024), with the paper's two heads and
-              Sinkhorn-Knopp; without its smaller rate for the patch embedding and without layer scale.
+    Source:   the authors' short schedule (vitl16_short.yaml), whose rate is 0.004 · √(batch / 1024), with the paper's two heads
+              and Sinkhorn-Knopp; without its smaller rate for the patch embedding and without layer scale.
     """
     encoder = EncoderConfig(name="vit_large_patch16_224", norm="group", drop_path=0.3)
     method = DINOv2Config(prototypes=65536, patch_prototypes=65536)
