@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dist_contrastive.checkpoint import CheckpointStore, Tensors
 from dist_contrastive.config import EncoderConfig, UserError, require
 from dist_contrastive.methods import Method
+from dist_contrastive.methods.image_text import ImageText
 from dist_contrastive.models.teacher import Teacher
 
 MAX_NAMED = 3
@@ -153,6 +154,8 @@ def start_from(method: Method, weights: Weights) -> str:
     if weights.projector is not None and _fits(method.projector, weights.projector):
         method.projector.load_state_dict(weights.projector)
         projector = "its projector, too"
+    if isinstance(method, ImageText):  # another dataset's tokens need not mean the same
+        projector += ", new text tower"
     for module in method.modules():
         if isinstance(module, Teacher):
             module.copy(method.encoder, method.projector)

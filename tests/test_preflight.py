@@ -35,7 +35,7 @@ from dist_contrastive.trainer import build_method
 from dist_contrastive.trial import fewest_samples
 from tests.harness import RankError, run_ranks
 from tests.runs import GLOBAL_BATCH, NUM_TRAIN, STEPS_PER_EPOCH, losses_of, tiny_config, train_on_rank, write_dataset
-from tests.steps import TEXT, encoder_for, small
+from tests.steps import TEXT, encoder_for, small, with_small
 
 HEAD = HeadConfig(layers=2, hidden_size=8, output_size=4)
 
@@ -113,6 +113,17 @@ def test_patches_of_a_chosen_size_are_refused_by_that_size() -> None:
         "--data.image-size 33: vit_tiny_patch16_224 cuts images into patches of 4 pixels and would never see the rest; give a "
         "multiple of 4, 32 or 36"
     )
+
+
+def test_smaller_views_that_patches_do_not_cover_are_refused_by_their_group() -> None:
+    config = with_small(with_encoder("vit_w96_d4", 32), "dino")
+    groups = (ViewConfig(count=2), ViewConfig(count=4, size=18))
+    assert refusal_of(replace(config, augment=AugmentConfig(groups))) == (
+        "--augment.size 18: vit_w96_d4 cuts images into patches of 4 pixels and would never see the rest; give a multiple of "
+        "4, 16 or 20"
+    )
+    fitting = AugmentConfig((groups[0], replace(groups[1], size=16)))
+    assert fewest_samples(replace(config, augment=fitting))
 
 
 def test_patches_that_overlap_have_sizes_of_their_own() -> None:
