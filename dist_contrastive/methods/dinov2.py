@@ -28,7 +28,7 @@ class DINOv2Config(MaskedDistillationConfig):
     iterations: int = 3
     """Of Sinkhorn-Knopp."""
     koleo: float = 0.1
-    """How much the spread of the features of whole views counts."""
+    """How much the spread of the features of whole views counts, the mean of both views (the authors' code has the sum)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

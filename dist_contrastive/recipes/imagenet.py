@@ -177,7 +177,8 @@ def imagenet_clip() -> TrainConfig:
     Cost:     unknown, 64 GPUs; 32 epochs.
     Expected: unknown; the paper's 0.632 zero-shot comes from 400 million pairs that are not public.
     Source:   the paper, tables 18 and 19 (ViT-B/32, AdamW, 5e-4 at 32,768, weight decay 0.2, beta 0.98), with as much of the
-              run for warm-up as ImageNet's size allows, and crops of at least nine tenths, as open_clip has them.
+              run for warm-up as ImageNet's size allows, and crops of at least nine tenths, as open_clip has them;
+              without a normalization before the first block, and Adam's epsilon is 1e-8.
     """
     method = CLIPConfig(text=TextConfig(vocabulary=49408, context=76, width=512, layers=12, heads=8))
     optim = OptimConfig(learning_rate=5e-4 / 128, weight_decay=0.2, beta2=0.98, warmup_epochs=5)
