@@ -34,6 +34,10 @@ class Samples:
         return replace(self, labels=labels, indices=indices)
 
 
+PADDING = 0
+"""The token that stands where a caption has ended."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of a step: B samples, each with all its views."""
@@ -43,7 +47,7 @@ class Batch:
     float32 [V, B, 3, S, S] once augmented."""
     samples: Samples
     text: Tensor | None = None
-    """int64 [B, L]: a caption of each sample as L token ids; None where the dataset has no captions."""
+    """int64 [B, L]: a caption of each sample as L token ids, padded with `PADDING`; None where the dataset has no captions."""
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -31,7 +31,7 @@ from dist_contrastive.data.format import (
     captions_path,
     pack_again,
 )
-from dist_contrastive.data.tokenizing import TextEncoder, learn_tokenizer, read_tokenizer, read_tokenizer_file
+from dist_contrastive.data.tokenizing import CaptionTokenizer, learn_tokenizer, read_tokenizer, read_tokenizer_file
 
 DTYPES = {
     "tokens": torch.int32,  # [C, L]
@@ -54,7 +54,7 @@ class CaptionOptions:
     """A tokenizer.json instead of a tokenizer that is learned."""
 
 
-def given_tokenizer(options: CaptionOptions) -> TextEncoder | None:
+def given_tokenizer(options: CaptionOptions) -> CaptionTokenizer | None:
     """The tokenizer that `options` give; None where one is to be learned."""
     if options.tokenizer is None:
         return None
@@ -66,7 +66,7 @@ def write_captions(
     captions: Sequence[Sequence[str]],
     to_train: np.ndarray,
     options: CaptionOptions,
-    encoder: TextEncoder | None,
+    encoder: CaptionTokenizer | None,
 ) -> CaptionsEntry:
     """Write the `captions` of each sample to `path` and wait until the disk has them.
 
@@ -153,7 +153,7 @@ class Captions:
         return self._tokenizer.numpy().tobytes()
 
     @cached_property
-    def _encoder(self) -> TextEncoder:
+    def _encoder(self) -> CaptionTokenizer:
         return read_tokenizer(self.tokenizer_json, max_tokens=self.max_tokens, name=str(self._path))
 
     def tokens(self, indices: Tensor, *, seed: int, epoch: int) -> Tensor:

@@ -45,7 +45,7 @@ from dist_contrastive.data.format import (
 )
 from dist_contrastive.data.pairs import Member
 from dist_contrastive.data.sources import Sample, Source
-from dist_contrastive.data.tokenizing import TextEncoder
+from dist_contrastive.data.tokenizing import CaptionTokenizer
 
 MAX_RAW_PIXELS = 64 * 64
 """Images of at most this many pixels (12 KiB) are stored raw."""
@@ -218,7 +218,7 @@ def _write_file(
     max_bad: int,
     workers: int,
     captions: CaptionOptions,
-    encoder: TextEncoder | None,
+    encoder: CaptionTokenizer | None,
     on_sample: Callable[[], None] | None,
 ) -> Manifest:
     """Write the `.beton` file itself to `path` and captions to `of_captions`, neither of which may exist, and wait until the

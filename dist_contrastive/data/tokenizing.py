@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from dist_contrastive.batch import PADDING
 from dist_contrastive.config import UserError
 
-PADDING = 0
 PADDING_TOKEN, START_TOKEN, END_TOKEN = "<pad>", "<start>", "<end>"
 STARTS = (START_TOKEN, "<|startoftext|>", "<s>", "[CLS]", "<bos>", "<|begin_of_text|>")
 """What a tokenizer may call its start; of several the first counts."""
@@ -26,7 +26,7 @@ PIECE = 1 << 14
 
 
 @dataclass(frozen=True)
-class TextEncoder:
+class CaptionTokenizer:
     """Encodes texts as token ids int32 [n, L]."""
 
     tokenizer: Tokenizer
@@ -58,7 +58,7 @@ class TextEncoder:
         return rows, num_cut
 
 
-def learn_tokenizer(texts: Iterable[str], *, vocabulary: int, max_tokens: int) -> TextEncoder:
+def learn_tokenizer(texts: Iterable[str], *, vocabulary: int, max_tokens: int) -> CaptionTokenizer:
     """A byte-level BPE of at most `vocabulary` tokens, fewer where `texts` do not give as many (Sennrich et al. 2016)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -77,7 +77,7 @@ def learn_tokenizer(texts: Iterable[str], *, vocabulary: int, max_tokens: int) -
     return _encoder(tokenizer, max_tokens)
 
 
-def read_tokenizer(data: bytes, *, max_tokens: int, name: str) -> TextEncoder:
+def read_tokenizer(data: bytes, *, max_tokens: int, name: str) -> CaptionTokenizer:
     """The tokenizer whose JSON is `data`; `name` is where it comes from. It gets a start and an end where it has none.
 
     Raises `UserError` where it is not the JSON of a tokenizer.
@@ -94,7 +94,7 @@ def read_tokenizer(data: bytes, *, max_tokens: int, name: str) -> TextEncoder:
     return _encoder(tokenizer, max_tokens)
 
 
-def read_tokenizer_file(path: Path, *, max_tokens: int) -> TextEncoder:
+def read_tokenizer_file(path: Path, *, max_tokens: int) -> CaptionTokenizer:
     """The tokenizer of a tokenizer.json."""
     try:
         data = path.read_bytes()
@@ -103,10 +103,10 @@ def read_tokenizer_file(path: Path, *, max_tokens: int) -> TextEncoder:
     return read_tokenizer(data, max_tokens=max_tokens, name=f"--tokenizer {path}")
 
 
-def _encoder(tokenizer: Tokenizer, max_tokens: int) -> TextEncoder:
+def _encoder(tokenizer: Tokenizer, max_tokens: int) -> CaptionTokenizer:
     start, end = (_special(tokenizer, names) for names in (STARTS, ENDS))
     tokenizer.encode_special_tokens = True  # "<end>" in a caption is text and ends nothing
-    return TextEncoder(tokenizer, start, end, max_tokens)
+    return CaptionTokenizer(tokenizer, start, end, max_tokens)
 
 
 def _special(tokenizer: Tokenizer, names: Sequence[str]) -> int:

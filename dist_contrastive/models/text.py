@@ -4,10 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dist_contrastive.batch import PADDING
 from dist_contrastive.config import TextConfig
-
-PADDING = 0
-"""The token that stands where a caption has ended."""
 
 
 class TextEncoder(nn.Module):

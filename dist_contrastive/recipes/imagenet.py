@@ -178,11 +178,11 @@ def imagenet_clip() -> TrainConfig:
     Expected: unknown; the paper's 0.632 zero-shot comes from 400 million pairs that are not public.
     Source:   the paper, tables 18 and 19 (ViT-B/32, AdamW, 5e-4 at 32,768, weight decay 0.2, beta 0.98), with as much of the
               run for warm-up as ImageNet's size allows, and crops of at least nine tenths, as open_clip has them;
-              without a normalization before the first block, and Adam's epsilon is 1e-8.
+              Adam's epsilon is 1e-8.
     """
     method = CLIPConfig(text=TextConfig(vocabulary=49408, context=76, width=512, layers=12, heads=8))
     optim = OptimConfig(learning_rate=5e-4 / 128, weight_decay=0.2, beta2=0.98, warmup_epochs=5)
-    return _captions("imagenet_clip", method, "vit_base_patch32_224", optim)
+    return _captions("imagenet_clip", method, "vit_base_patch32_clip_224", optim)
 
 
 def imagenet_siglip() -> TrainConfig:

@@ -7,13 +7,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from dist_contrastive.report.inputs import RunReport, Section, class_name, shorten, spread_over_classes, unit_rows
 from dist_contrastive.report.style import GREEN, INK, VERMILION, WIDTH
 
 NUM_QUERIES, NUM_NEIGHBOURS, MAX_VIEW_SAMPLES = 8, 8, 8
 MAX_HEADS = 12  # with a picture each: of a ViT-B all; more would be too small to see anything
-LUMA = np.array([0.299, 0.587, 0.114])  # Rec. 601
 MIN_BRIGHTEST = 4  # times the even share: so that attention that is nearly even is not drawn as if it looked everywhere
 HEAT = 0.7  # how much the colours of attention hide of the image under them
 
@@ -149,7 +149,7 @@ def _overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     side = len(image)
     of_pixel = np.arange(side) * len(heat) // side
     colours = matplotlib.colormaps["inferno"](heat[of_pixel][:, of_pixel])[..., :3]
-    grey = (image @ LUMA / 255)[..., None]
+    grey = np.asarray(Image.fromarray(image).convert("L"))[..., None] / 255
     return (255 * (HEAT * colours + (1 - HEAT) * grey)).round().astype(np.uint8)
 
 
