@@ -23,6 +23,7 @@ from benchmarks.methods import Command, train
 from dist_contrastive import cli
 from dist_contrastive.methods.dino import DINOConfig
 from dist_contrastive.metrics import read_metrics
+from dist_contrastive.models.centering import describe_collapse
 from dist_contrastive.recipes import build_recipe
 
 PROG = "python -m benchmarks.collapse"
@@ -58,14 +59,14 @@ def table(results: Sequence[dict[str, Any]], num_prototypes: int) -> str:
     lines = [
         f"K = {num_prototypes:,}, ln K = {math.log(num_prototypes):.3f}; entropies are means of the last 10 steps.",
         "",
-        "| centering, sharpening | entropy of targets | entropy of their mean | linear | untrained | kNN | untrained | alarm |",
+        "| centering, sharpening | entropy of targets | of their mean | linear | untrained | kNN | untrained | what is said |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in results:
         scores = (row[name] for name in ("linear_top1", "init_linear_top1", "knn_top1", "init_knn_top1"))
         lines.append(
             f"| {row['variant']} | {row['entropy']:.3f} | {row['entropy_of_mean']:.3f} | "
-            f"{' | '.join(f'{score:.3f}' for score in scores)} | {'yes' if row['alarms'] else 'no'} |"
+            f"{' | '.join(f'{score:.3f}' for score in scores)} | {row['alarm'].partition(' (')[0] or 'nothing'} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -80,12 +81,14 @@ def draw(results: Sequence[dict[str, Any]], num_prototypes: int) -> Figure:
         ax.axhline(math.log(num_prototypes), color="0.6", linewidth=0.8, linestyle="--")
         ax.set(title=title, xlabel="step", ylim=(-0.2, math.log(num_prototypes) * 1.05))
     figure.axes[0].set_ylabel("nats; dashed: ln K")
-    figure.axes[1].legend(title="centering and sharpening", frameon=False)
+    figure.legend(
+        *figure.axes[1].get_legend_handles_labels(), title="centering, sharpening", loc="outside right center"
+    )
     return figure
 
 
-def measure(variant: str, options: str, command: CollapseBenchmark) -> dict[str, Any]:
-    """Scores, alarms and entropies of one run, trained now unless it is there."""
+def measure(variant: str, options: str, command: CollapseBenchmark, num_prototypes: int) -> dict[str, Any]:
+    """Scores, entropies and what the alarm says of them, of one run, trained now unless it is there."""
     folder = command.out / variant.replace(" ", "_")
     launch = Command(options=f"{command.options} {options}", ranks=2)
     train(folder, RECIPE, command.seed, launch, sorted(os.sched_getaffinity(0)))
@@ -93,18 +96,17 @@ def measure(variant: str, options: str, command: CollapseBenchmark) -> dict[str,
     steps = [line for line in read_metrics(folder / "metrics.jsonl") if "target_entropy" in line]
     entropies = [line["target_entropy"] for line in steps]
     of_means = [line["mean_target_entropy"] for line in steps]
+    entropy, entropy_of_mean = (sum(values[-10:]) / len(values[-10:]) for values in (entropies, of_means))
     return {
         "variant": variant,
         "options": options,
         **{name: probe[name] for name in ("linear_top1", "init_linear_top1", "knn_top1", "init_knn_top1")},
-        "alarms": [
-            line for line in Path(f"{folder}.txt").read_text().splitlines() if "can be learnt from them" in line
-        ],
         "steps": [line["step"] for line in steps],
         "target_entropies": entropies,
         "mean_target_entropies": of_means,
-        "entropy": sum(entropies[-10:]) / len(entropies[-10:]),
-        "entropy_of_mean": sum(of_means[-10:]) / len(of_means[-10:]),
+        "entropy": entropy,
+        "entropy_of_mean": entropy_of_mean,
+        "alarm": describe_collapse(entropy, entropy_of_mean, num_prototypes),
     }
 
 
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.out.mkdir(parents=True, exist_ok=True)
     results = []
     for variant, options in variants(method).items():
-        results.append(measure(variant, options, command))
+        results.append(measure(variant, options, command, method.prototypes))
         print(table(results[-1:], method.prototypes).splitlines()[-1], flush=True)
     (command.out / "collapse.json").write_text(json.dumps(results, indent=1))
     (command.out / "table.md").write_text(table(results, method.prototypes))

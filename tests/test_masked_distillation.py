@@ -247,7 +247,7 @@ def test_patches_that_collapse_are_told_of(name: str) -> None:
     uniform = healthy | {"patch_target_entropy": 0.999 * largest, "mean_patch_target_entropy": largest}
     assert method.alarm(uniform, later).startswith("of patches: all targets are uniform")
     single = healthy | {"patch_target_entropy": 0.001, "mean_patch_target_entropy": 0.001}
-    assert method.alarm(single, later).startswith("of patches: one prototype has nearly all samples")
+    assert method.alarm(single, later).startswith("of patches: 1.0 of")
     unmasked = healthy | {"patch_target_entropy": 0.0, "mean_patch_target_entropy": 0.0}
     assert method.alarm(unmasked, later) == ""
     assert method.alarm(uniform, clock_at(step=9)) == ""

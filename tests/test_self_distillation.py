@@ -166,8 +166,10 @@ def test_collapse_is_told_from_health_and_from_the_first_epoch() -> None:
     healthy = {"target_entropy": 0.4 * largest, "mean_target_entropy": 0.9 * largest}
     method = dino()
     assert method.alarm(uniform, later).startswith("all targets are uniform (entropy 2.55 of ln 13 = 2.56)")
-    assert method.alarm(single, later).startswith("one prototype has nearly all samples")
+    assert method.alarm(single, later).startswith("1.0 of 13 prototypes have nearly all samples")
     assert method.alarm(healthy, later) == ""
+    same = {"target_entropy": 0.60 * largest, "mean_target_entropy": 0.61 * largest}
+    assert method.alarm(same, later).startswith("all targets are the same (entropy 1.54 of ln 13 = 2.56)")
     assert method.alarm(uniform, clock_at(step=9)) == ""
 
 

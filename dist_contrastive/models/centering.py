@@ -75,21 +75,29 @@ class SinkhornKnopp(Centering):
         )
 
 
-UNIFORM, SINGLE = 0.99, 0.02
-"""From which share of ln K the entropy of targets, and up to which that of their mean, is taken for a collapse."""
+UNINFORMED, UNIFORM = 0.02, 0.9
+"""Shares of ln K: what targets must tell of their samples, or nothing is to be learnt from them; from which entropy on they are
+taken to be uniform then."""
+FEW = 4
+"""Prototypes, or the fourth part of all, that are too few for all samples."""
 
 
 def describe_collapse(entropy: float, entropy_of_mean: float, num_prototypes: int) -> str:
-    """What is to be said where targets of these entropies, in nats, hold nothing to learn; else nothing."""
-    largest = math.log(num_prototypes)
-    if entropy > UNIFORM * largest:
+    """What is to be said where targets of these entropies, in nats, hold nothing to learn, or next to nothing; else nothing.
+
+    The entropy of the mean target less the mean entropy is what a target tells of its sample. The exponential of the former is
+    how many prototypes are in use.
+    """
+    largest, in_use = math.log(num_prototypes), math.exp(entropy_of_mean)
+    if in_use < min(FEW, num_prototypes / FEW):
         return (
-            f"all targets are uniform (entropy {entropy:.2f} of ln {num_prototypes} = {largest:.2f}): nothing can be learnt from "
-            "them; a lower temperature of the targets, a larger momentum of the teacher or a smaller learning rate may help"
+            f"{in_use:.1f} of {num_prototypes:,} prototypes have nearly all samples (entropy of the mean target "
+            f"{entropy_of_mean:.2f} of {largest:.2f}): little can be learnt from them; is centering on, and are samples shuffled?"
         )
-    if entropy_of_mean < SINGLE * largest:
-        return (
-            f"one prototype has nearly all samples (entropy of the mean target {entropy_of_mean:.2f} of {largest:.2f}): nothing "
-            "can be learnt from them; is centering on, and are samples shuffled?"
-        )
-    return ""
+    if entropy_of_mean - entropy > UNINFORMED * largest:
+        return ""
+    alike = "uniform" if entropy > UNIFORM * largest else "the same"
+    return (
+        f"all targets are {alike} (entropy {entropy:.2f} of ln {num_prototypes} = {largest:.2f}): nothing can be learnt from "
+        "them; a lower temperature of the targets, a larger momentum of the teacher or a smaller learning rate may help"
+    )

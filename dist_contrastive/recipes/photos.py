@@ -244,8 +244,9 @@ def photos_dino() -> TrainConfig:
     Two views of 32 pixels and four of 16.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_dino
-    Cost:     unknown, 2 cores; 14 epochs.
-    Expected: unknown; not measured yet.
+    Cost:     65 s, 2 cores; 14 epochs, with report, measured.
+    Measured: linear 0.696 ± 0.014, kNN 0.658 ± 0.015; over three seeds, beside the untrained
+              encoder's 0.468 ± 0.019 and 0.349 (benchmarks/records/2026-11-26_2cpu_views).
     Source:   Caron et al. 2021; fewer prototypes, and momentum and temperature for some hundred steps.
     """
     method = DINOConfig(
@@ -264,8 +265,9 @@ def photos_ibot() -> TrainConfig:
     Patches of 8 pixels; two views of 32 pixels and four of 16.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_ibot
-    Cost:     unknown, 2 cores; 20 epochs.
-    Expected: unknown; not measured yet.
+    Cost:     4.8 min, 2 cores; 20 epochs, with report, measured.
+    Measured: linear 0.786 ± 0.017, kNN 0.685 ± 0.027; over three seeds, beside the untrained
+              encoder's 0.632 ± 0.008 and 0.575 (benchmarks/records/2026-11-26_2cpu_views).
     Source:   Zhou et al. 2022; fewer prototypes, and momentum and temperature for some hundred steps.
     """
     method = IBOTConfig(
@@ -284,8 +286,9 @@ def photos_dinov2() -> TrainConfig:
     Patches of 8 pixels; two views of 32 pixels and four of 16.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_dinov2
-    Cost:     unknown, 2 cores; 20 epochs.
-    Expected: unknown; not measured yet.
+    Cost:     5.5 min, 2 cores; 20 epochs, with report, measured.
+    Measured: linear 0.778 ± 0.005, kNN 0.773 ± 0.007; over three seeds, beside the untrained
+              encoder's 0.632 ± 0.008 and 0.575 (benchmarks/records/2026-11-26_2cpu_views).
     Source:   Oquab et al. 2023; fewer prototypes, and momentum and temperature for some hundred steps.
     """
     method = DINOv2Config(
@@ -305,8 +308,9 @@ def photos_swav() -> TrainConfig:
     Two views of 32 pixels and four of 16; as many prototypes as a step has samples.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photos_swav
-    Cost:     unknown, 2 cores; 14 epochs.
-    Expected: unknown; not measured yet.
+    Cost:     64 s, 2 cores; 14 epochs, with report, measured.
+    Measured: linear 0.731 ± 0.011, kNN 0.685 ± 0.011; over three seeds, beside the untrained
+              encoder's 0.468 ± 0.019 and 0.349 (benchmarks/records/2026-11-26_2cpu_views).
     Source:   Caron et al. 2020; 256 prototypes, without a queue.
     """
     return _multi_crop("photos_swav", SwAVConfig(projector=PROJECTOR, prototypes=256))
@@ -327,8 +331,9 @@ def photo_captions() -> TrainConfig:
     """CLIP on described patches.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photo_captions
-    Cost:     unknown, 2 cores; 14 epochs.
-    Expected: unknown; not measured yet.
+    Cost:     83 s, 2 cores; 14 epochs, with report, measured.
+    Measured: zero-shot 0.713 ± 0.020, recall@5 of captions 0.655 ± 0.027; over three seeds, beside the untrained
+              towers' 0.044 and 0.025 (benchmarks/records/2026-11-26_2cpu_pairs).
     Source:   Radford et al. 2021, with towers for two cores.
     """
     return _captions("photo_captions", CLIPConfig(projector=HeadConfig(layers=1, output_size=128), text=TEXT))
@@ -338,8 +343,8 @@ def photo_captions_siglip() -> TrainConfig:
     """SigLIP on described patches.
 
     Command:  accelerate launch --config_file launch_configs/cpu.yaml -m dist_contrastive.train photo_captions_siglip
-    Cost:     unknown, 2 cores; 14 epochs.
-    Expected: unknown; not measured yet.
+    Cost:     86 s, 2 cores; 14 epochs, with report, measured.
+    Measured: linear 0.801, kNN 0.790; one run (benchmarks/records/2026-11-26_2cpu_pairs).
     Source:   Zhai et al. 2023, with towers for two cores.
     """
     method = SigLIPConfig(projector=HeadConfig(layers=1, output_size=128), text=TEXT)
