@@ -389,7 +389,7 @@ def cifar10_clip() -> TrainConfig:
 
 
 def cifar10_siglip() -> TrainConfig:
-    """SigLIP, captions of class names.
+    """SigLIP, captions from classes.
 
     Command:  accelerate launch --config_file launch_configs/single_gpu.yaml -m dist_contrastive.train cifar10_siglip
     Cost:     unknown, 1 GPU; 200 epochs of ResNet-18 at 32×32.

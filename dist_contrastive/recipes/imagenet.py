@@ -186,7 +186,7 @@ def imagenet_clip() -> TrainConfig:
 
 
 def imagenet_siglip() -> TrainConfig:
-    """SigLIP, ViT-B/16, batch 32,768.
+    """SigLIP, ViT-B/16, batch 32 K.
 
     On ImageNet packed with --caption-templates; a collection of pairs of your own is a matter of --data.path.
 
