@@ -427,9 +427,9 @@ class Run:
 
     def _baselines(self, probe: ProbeRunner) -> dict[str, Any]:
         untrained = self.untrained()
+        chances = self.towers.chances() if self.towers else {}
         scores = {f"init_{name}": value for name, value in self._score_towers(untrained).items()}
-        if self.towers:
-            scores |= {f"chance_{name}": value for name, value in self.towers.chances().items()}
+        scores |= {f"chance_{name}": value for name, value in chances.items()}
         return {**probe.baselines(untrained.exported.to(self.trainer.device)), **scores}
 
     def _score_towers(self, method: Method) -> dict[str, float]:

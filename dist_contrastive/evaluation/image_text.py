@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -51,13 +52,14 @@ class ImageTextRunner:
         features = extract(method.exported, self.dataset, self._indices, **self._settings)
 
         def measure() -> dict[str, float]:
+            embed = partial(embed_texts, method, self.captions, device=self.device)
             with frozen(method):
                 images = embed_images(method, features)
-                scores = recalls(images, self._embed(method, self._texts), self._pairs)
+                scores = recalls(images, embed(self._texts), self._pairs)
                 if self.dataset.manifest.has_labels:
                     names = [spoken(name) for name in self.dataset.manifest.classes]
                     prompts = [[template.format(name) for template in PROMPTS] for name in names]
-                    of_classes = torch.stack([self._embed(method, of_class).mean(0) for of_class in prompts])
+                    of_classes = torch.stack([embed(of_class).mean(0) for of_class in prompts])
                     labels = torch.from_numpy(self.dataset.labels[self._indices]).to(self.device)
                     scores["zero_shot_top1"] = zero_shot(images, of_classes, labels)
             return scores
@@ -78,10 +80,6 @@ class ImageTextRunner:
             "retrieval_images": len(self._indices),
             "retrieval_captions": len(self._texts),
         }
-
-    def _embed(self, method: ImageText[Any], texts: Sequence[str]) -> Tensor:
-        """Embeddings [n, E] of texts."""
-        return embed_texts(method, self.captions, texts, self.device)
 
 
 def embed_images(method: ImageText[Any], features: Tensor) -> Tensor:
