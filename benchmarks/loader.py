@@ -42,9 +42,10 @@ from dist_contrastive.cli import main_guard, parse
 from dist_contrastive.config import AugmentConfig, DataConfig, ViewConfig, require
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import TEST, TRAIN
-from dist_contrastive.data.loader import fair_threads, train_epoch
+from dist_contrastive.data.loader import Loader
 from dist_contrastive.data.packing import write_dataset
 from dist_contrastive.data.sources import PHOTOS, Sample, Source, read_photo
+from dist_contrastive.rendezvous import fair_cores
 
 OURS, FFCV, TORCHVISION = "dist_contrastive", "FFCV", "torchvision, PIL"
 LARGE_SCALE, SMALL_SCALE = (0.4, 1.0), (0.05, 0.4)
@@ -146,15 +147,10 @@ class PilDataset(torch.utils.data.Dataset[tuple[list[torch.Tensor], int]]):
 def our_epochs(config: LoaderBenchmark, dataset: Dataset, threads: int) -> Callable[[int], int]:
     """A function that runs epoch k and returns how many samples it gave."""
     data, augment = DataConfig(image_size=config.image_size), AugmentConfig(config.groups())
+    loader = Loader(dataset, data, augment, seed=0, share=Share(config.batch), threads=threads)
 
     def run(epoch: int) -> int:
-        num_samples = 0
-        with train_epoch(
-            dataset, data, augment, seed=0, epoch=epoch, share=Share(config.batch), threads=threads
-        ) as batches:
-            for batch in batches:
-                num_samples += len(batch)
-        return num_samples
+        return sum(map(len, loader.epoch(epoch)))
 
     return run
 
@@ -249,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = open_dataset(config.data)
     num_train = dataset.manifest.num_train
     require(config.batch <= num_train, f"--batch {config.batch} is more than the {num_train} training samples")
-    threads = fair_threads(config.threads)
+    threads = config.threads or fair_cores()
     rates = measure(config, dataset, threads)
     print(table(config, threads, rates))
     if config.out is not None:

@@ -58,7 +58,7 @@ class DataConfig:
     eval_crop: float = 1.0
     """Side of the centre crop that evaluation sees, as a fraction of the image's shorter side."""
     threads: int = 0
-    """Loader threads of each rank; 0 shares the host's cores fairly between its ranks."""
+    """Loader threads of each rank; 0 shares the host's cores fairly between its ranks and leaves each one for its loop."""
     batches_ahead: int = 3
     """How many batches are prepared ahead of the step that consumes them."""
     timeout_s: float = 120.0

@@ -17,8 +17,9 @@ from dist_contrastive.cadence import Cadence
 from dist_contrastive.checkpoint import Checkpoint, save_module
 from dist_contrastive.config import TrainConfig, UserError, flatten, require, to_dict
 from dist_contrastive.data.beton import Dataset, open_dataset
+from dist_contrastive.data.compiled import announced_compilation
 from dist_contrastive.data.format import TRAIN
-from dist_contrastive.data.loader import Epoch, announced_compilation, fair_threads, train_epoch
+from dist_contrastive.data.loader import Batches, loader_of
 from dist_contrastive.evaluation.image_text import ImageTextRunner
 from dist_contrastive.evaluation.protocol import ProbeRunner
 from dist_contrastive.launch import connect, describe_machine
@@ -133,7 +134,6 @@ class Run:
         self.config = config
         self.dataset = dataset
         self.folder = folder
-        self.threads = fair_threads(config.data.threads)
         self.trainer = Trainer(
             config,
             accelerator,
@@ -141,22 +141,13 @@ class Run:
             dataset_sha256=dataset.manifest.identity,
             fewest=fewest,
         )
+        self.loader = loader_of(config, dataset, distributed.share_of(config.batch.size), accelerator.device)
         self.probe: ProbeRunner | None = None
         if config.probe.enabled:
-            self.probe = ProbeRunner(
-                dataset,
-                data=config.data,
-                augment=config.augment,
-                probe=config.probe,
-                seed=config.seed,
-                device=accelerator.device,
-                threads=self.threads,
-            )
+            self.probe = ProbeRunner(self.loader, probe=config.probe, device=accelerator.device)
         self.towers: ImageTextRunner | None = None
         if config.probe.enabled and config.method.text_tower:
-            self.towers = ImageTextRunner(
-                dataset, data=config.data, augment=config.augment, device=accelerator.device, threads=self.threads
-            )
+            self.towers = ImageTextRunner(self.loader, device=accelerator.device)
         self.scores: dict[str, Any] = {"baselines": {}, "history": []}
         self.machine = describe_machine(config, accelerator)
         self.metrics: MetricsLog | None = None
@@ -299,19 +290,9 @@ class Run:
             )
             say(f"{done} of {trainer.total_steps}")
 
-    def batches(self) -> Epoch:
+    def batches(self) -> Batches:
         """What is left of the current epoch, for this rank."""
-        return train_epoch(
-            self.dataset,
-            self.config.data,
-            self.config.augment,
-            seed=self.config.seed,
-            epoch=self.trainer.epoch,
-            share=distributed.share_of(self.config.batch.size),
-            threads=self.threads,
-            start_step=self.trainer.step_in_epoch,
-            pin_memory=self.trainer.device.type == "cuda",
-        )
+        return self.loader.epoch(self.trainer.epoch, self.trainer.step_in_epoch)
 
     def log(self, epoch: int, values: dict[str, float], wait_ms: float) -> dict[str, float] | None:
         """Write a step's metrics; return them at the steps that are logged, where they have times.
@@ -474,11 +455,10 @@ class Run:
         self.score(config.epochs)
         report = collect_report(
             config,
-            self.dataset,
+            self.loader,
             method=trainer.method,
             untrained=self.untrained().exported.to(trainer.device),
             device=trainer.device,
-            threads=self.threads,
             schedules=trainer.planned_schedules(),
             probe=self.summary(),
             machine=self.machine,
@@ -520,5 +500,6 @@ class Run:
     def close(self) -> None:
         """Bring to disk what is on its way there; however the run ended, its last steps are what one wants to keep and see."""
         self.trainer.saver.wait(CLOSE_S)
+        self.loader.close()
         if self.metrics:
             self.metrics.close()

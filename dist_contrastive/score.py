@@ -17,11 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dist_contrastive.atomic import write_atomic, writing
-from dist_contrastive.batch import steps_per_epoch
+from dist_contrastive.batch import Share, steps_per_epoch
 from dist_contrastive.checkpoint import CheckpointStore, Tensors, load_module
 from dist_contrastive.config import TrainConfig, UserError, require
 from dist_contrastive.data.beton import Dataset, open_dataset
-from dist_contrastive.data.loader import announced_compilation, fair_threads
+from dist_contrastive.data.compiled import announced_compilation
+from dist_contrastive.data.loader import loader_of
 from dist_contrastive.evaluation.protocol import ProbeRunner
 from dist_contrastive.progress import print_scores
 from dist_contrastive.trainer import build_method
@@ -92,21 +93,14 @@ def probe(
         f"{dataset.path} is no longer the dataset that {run} was trained on (its SHA-256 differs): --data PATH names where "
         f"that lies now; --data {dataset.path} scores on this one, as a transfer",
     )
-    runner = ProbeRunner(
-        dataset,
-        data=config.data,
-        augment=config.augment,
-        # A k that was given was given for the run's own classes.
-        probe=replace(config.probe, knn_k=0) if transfers else config.probe,
-        seed=config.seed,
-        device=device,
-        threads=fair_threads(config.data.threads),
-    )
     encoder = build_method(config).exported.to(device)
-    with announced_compilation(print):
+    with announced_compilation(print), loader_of(config, dataset, Share(config.batch.size), device) as loader:
+        # A k that was given was given for the run's own classes.
+        settings = replace(config.probe, knn_k=0) if transfers else config.probe
+        runner = ProbeRunner(loader, probe=settings, device=device)
         baselines = runner.baselines(encoder)  # not trained yet: its weights are a function of the config
-    load_module(encoder, trained.tensors)
-    entry: dict[str, Any] = {"step": trained.step, **runner.score(encoder)}
+        load_module(encoder, trained.tensors)
+        entry: dict[str, Any] = {"step": trained.step, **runner.score(encoder)}
     if not transfers:
         entry = {"epoch": trained.step / steps_per_epoch(dataset.manifest.num_train, config.batch.size), **entry}
     is_result = checkpoint is None and not transfers and not (run / "probe.json").exists()

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dist_contrastive.data.beton import BetonWriter
+from dist_contrastive.batch import Share
+from dist_contrastive.config import AugmentConfig, DataConfig
+from dist_contrastive.data.beton import BetonWriter, Dataset
 from dist_contrastive.data.captions import CaptionOptions, write_captions
 from dist_contrastive.data.format import NO_LABEL, TEST, TRAIN, Manifest, captions_path, manifest_path
+from dist_contrastive.data.loader import Loader
 
 
 def picture(height: int, width: int, seed: int) -> np.ndarray:
@@ -87,3 +90,16 @@ def write_beton(
     )
     manifest_path(path).write_text(manifest.to_json(), encoding="utf-8")
     return path
+
+
+def open_loader(
+    dataset: Dataset,
+    data: DataConfig,
+    augment: AugmentConfig | None = None,
+    *,
+    seed: int = 0,
+    share: Share | None = None,
+    threads: int = 1,
+) -> Loader:
+    """Of one rank, which takes one sample an update."""
+    return Loader(dataset, data, augment or AugmentConfig(), seed=seed, share=share or Share(1), threads=threads)

@@ -19,13 +19,12 @@ from dist_contrastive.data.augment import Augment
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.captions import CaptionOptions, Captions
 from dist_contrastive.data.format import NO_LABEL, TEST, TRAIN, captions_path, find_manifest, manifest_path
-from dist_contrastive.data.loader import train_epoch
 from dist_contrastive.data.packing import write_dataset
 from dist_contrastive.data.photo_captions import NUM_CAPTIONS, measure
 from dist_contrastive.data.sources import PHOTOS, Sample, Source, open_source
 from dist_contrastive.data.tokenizing import learn_tokenizer, read_tokenizer, read_tokenizer_file
 from dist_contrastive.stage import stage
-from tests.betons import picture
+from tests.betons import open_loader, picture
 
 WORLD = [
     "a red bicycle leans on the wall", "二匹の猫が眠っている", "Кошка сидит на окне", "قطة نائمة على الأريكة", "बिल्ली सो रही है",
@@ -167,11 +166,8 @@ AUGMENT = AugmentConfig((ViewConfig(count=2),))
 
 
 def texts_of_epoch(dataset: Dataset, share: Share, *, threads: int = 1, start_step: int = 0) -> list[torch.Tensor]:
-    epoch = train_epoch(
-        dataset, DataConfig(image_size=8), AUGMENT, seed=3, epoch=1, share=share, threads=threads, start_step=start_step
-    )
-    with epoch as batches:
-        texts = [batch.text for batch in batches]
+    with open_loader(dataset, DataConfig(image_size=8), AUGMENT, seed=3, share=share, threads=threads) as loader:
+        texts = [batch.text for batch in loader.epoch(1, start_step)]
     return [text for text in texts if text is not None]
 
 
@@ -189,8 +185,8 @@ def test_threads_ranks_and_restarts_give_the_same_captions(tmp_path: Path) -> No
 
 def test_a_batch_has_captions_of_its_own_samples_and_parts_and_augmentation_keep_them(tmp_path: Path) -> None:
     dataset = pack(tmp_path / "x.beton", numbered(16, 1))
-    with train_epoch(dataset, DataConfig(image_size=8), AUGMENT, seed=0, epoch=0, share=Share(8), threads=1) as batches:
-        batch = next(batches)
+    with open_loader(dataset, DataConfig(image_size=8), AUGMENT, share=Share(8)) as loader:
+        batch = next(loader.epoch(0))
     assert batch.text is not None
     texts = [of(dataset).texts(index)[0] for index in batch.samples.indices.tolist()]
     assert torch.equal(batch.text, of(dataset).encode(texts))

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from dist_contrastive.batch import Batch, Samples, Share
 from dist_contrastive.config import AugmentConfig, DataConfig, UserError, ViewConfig
 from dist_contrastive.data import loader
 from dist_contrastive.data.beton import Dataset, open_dataset
+from dist_contrastive.data.crops import random_boxes
 from dist_contrastive.data.format import TEST, TRAIN
-from dist_contrastive.data.loader import Epoch, eval_pass, fair_threads, random_boxes, train_epoch
+from dist_contrastive.data.loader import Batches, Crops, Loader, fair_threads
 from dist_contrastive.rendezvous import fair_cores
-from tests.betons import decoded, jpeg, picture, write_beton
+from tests.betons import decoded, jpeg, open_loader, picture, write_beton
 
 SHAPES = [(32, 32), (48, 31), (64, 200), (5, 90), (1, 1), (7, 1), (150, 120), (33, 47), (1, 9), (16, 16)]
 NUM_SAMPLES, NUM_TEST = 53, 7
@@ -64,6 +66,7 @@ def no_thread_is_left() -> Iterator[None]:
     """Holds for every test here: once it is over, so are the loader's threads that it started."""
     before = loader_threads()
     yield
+    gc.collect()  # an error's traceback is in a circle with the pass that raised it
     assert [thread for thread in loader_threads() if thread not in before] == []
 
 
@@ -71,9 +74,17 @@ def loader_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("loader-")]
 
 
-def epoch_of(dataset: Dataset, data: DataConfig = DATA, augment: AugmentConfig = AUGMENT, **options: Any) -> Epoch:
-    defaults: dict[str, Any] = {"seed": 0, "epoch": 0, "share": Share(GLOBAL_BATCH), "threads": 2}
-    return train_epoch(dataset, data, augment, **(defaults | options))
+def loader_of(dataset: Dataset, data: DataConfig = DATA, augment: AugmentConfig = AUGMENT, **options: Any) -> Loader:
+    defaults: dict[str, Any] = {"share": Share(GLOBAL_BATCH), "threads": 2}
+    return open_loader(dataset, data, augment, **(defaults | options))
+
+
+def epoch_of(dataset: Dataset, *args: Any, epoch: int = 0, start_step: int = 0, **options: Any) -> Batches:
+    return loader_of(dataset, *args, **options).epoch(epoch, start_step)
+
+
+def centered(dataset: Dataset, indices: Any, batch_size: int, data: DataConfig = DATA, **options: Any) -> Batches:
+    return loader_of(dataset, data, **options).centered(indices, batch_size=batch_size)
 
 
 def global_batches(dataset: Dataset, num_ranks: int = 1, **options: Any) -> list[Batch]:
@@ -257,7 +268,7 @@ def test_views_are_torchvisions_antialiased_bilinear_crops(dataset, pixels, size
 
 def test_raw_images_are_copied_exactly_where_nothing_is_resized(dataset, pixels):
     raw = [i for i in range(NUM_SAMPLES) if pixels[i].shape == (16, 16, 3) and dataset.is_jpeg[i] == 0]
-    (batch,) = eval_pass(dataset, DataConfig(image_size=16), np.array(raw), batch_size=50, threads=2)
+    (batch,) = centered(dataset, np.array(raw), 50, DataConfig(image_size=16))
     np.testing.assert_array_equal(batch.views[0][0], np.stack([pixels[i] for i in raw]))
 
 
@@ -266,7 +277,7 @@ def test_jpegs_are_decoded_as_pillow_does(tmp_path):
     encoded.append(jpeg(np.full((40, 40, 3), 200, np.uint8)))
     encoded.append(jpeg(picture(40, 40, 9)[:, :, 0]))  # one channel becomes three
     dataset = open_dataset(write_beton(tmp_path / "jpeg.beton", encoded))
-    (batch,) = eval_pass(dataset, DataConfig(image_size=40), np.arange(len(encoded)), batch_size=50, threads=2)
+    (batch,) = centered(dataset, np.arange(len(encoded)), 50, DataConfig(image_size=40))
     for view, data in zip(batch.views[0][0].numpy(), encoded, strict=True):
         expected = decoded(data)
         difference = np.abs(view.astype(int) - (expected if expected.ndim == 3 else expected[..., None]))
@@ -277,7 +288,7 @@ def test_jpegs_are_decoded_as_pillow_does(tmp_path):
 def test_an_image_of_one_pixel_fills_its_views(tmp_path):
     color = np.array([[[7, 100, 250]]], np.uint8)
     dataset = open_dataset(write_beton(tmp_path / "pixel.beton", [color] * 4))
-    for batch in (*epoch_of(dataset, share=Share(4)), *eval_pass(dataset, DATA, np.arange(4), batch_size=4, threads=1)):
+    for batch in (*epoch_of(dataset, share=Share(4)), *centered(dataset, np.arange(4), 4)):
         assert torch.equal(batch.views[0], torch.from_numpy(color[0, 0]).expand_as(batch.views[0]))
 
 
@@ -287,7 +298,7 @@ def test_an_image_of_one_pixel_fills_its_views(tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 10, 53, 100])
 def test_an_eval_pass_gives_all_indices_in_order_and_the_rest_at_last(dataset, batch_size):
     indices = np.arange(NUM_SAMPLES)[::-1]
-    batches = list(eval_pass(dataset, DATA, indices, batch_size=batch_size, threads=2))
+    batches = list(centered(dataset, indices, batch_size))
     sizes = [len(batch.samples.indices) for batch in batches]
     assert sizes == [len(part) for part in np.split(indices, range(batch_size, NUM_SAMPLES, batch_size))]
     np.testing.assert_array_equal(torch.cat([batch.samples.indices for batch in batches]), indices)
@@ -296,14 +307,14 @@ def test_an_eval_pass_gives_all_indices_in_order_and_the_rest_at_last(dataset, b
 
 
 def test_an_eval_pass_over_nothing_gives_nothing(dataset):
-    assert list(eval_pass(dataset, DATA, np.array([], np.int64), batch_size=4, threads=1)) == []
+    assert list(centered(dataset, np.array([], np.int64), 4)) == []
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.875])
 def test_evaluation_sees_the_centred_square(dataset, pixels, fraction):
     test = dataset.indices(TEST)
     data = DataConfig(image_size=SIZE, eval_crop=fraction)
-    views = torch.cat([batch.views[0][0] for batch in eval_pass(dataset, data, test, batch_size=3, threads=2)])
+    views = torch.cat([batch.views[0][0] for batch in centered(dataset, test, 3, data)])
     for view, sample in zip(views, test, strict=True):
         height, width = pixels[sample].shape[:2]
         side = max(1, round(fraction * min(height, width)))
@@ -318,7 +329,7 @@ def test_evaluation_sees_the_centred_square(dataset, pixels, fraction):
 def test_a_retained_batch_is_not_overwritten(dataset):
     indices = np.arange(NUM_SAMPLES)
     retained, copies = [], []
-    for batch in itertools.chain(epoch_of(dataset), eval_pass(dataset, DATA, indices, batch_size=8, threads=2)):
+    for batch in itertools.chain(epoch_of(dataset), centered(dataset, indices, 8)):
         retained.append(batch)
         samples = batch.samples
         copies.append(batch_of(batch.views[0].clone(), samples.labels.clone(), samples.indices.clone(), samples.epoch))
@@ -328,8 +339,8 @@ def test_a_retained_batch_is_not_overwritten(dataset):
 def test_a_batch_shares_no_memory_with_what_comes_later(dataset):
     indices = np.arange(NUM_SAMPLES)
     labels = dataset.labels.copy()
-    expected = [batch.views[0].clone() for batch in eval_pass(dataset, DATA, indices, batch_size=8, threads=2)]
-    for batch, views in zip(eval_pass(dataset, DATA, indices, batch_size=8, threads=2), expected, strict=True):
+    expected = [batch.views[0].clone() for batch in centered(dataset, indices, 8)]
+    for batch, views in zip(centered(dataset, indices, 8), expected, strict=True):
         assert torch.equal(batch.views[0], views)
         for tensor in (batch.views[0], batch.samples.labels, batch.samples.indices):
             tensor.zero_()
@@ -382,12 +393,15 @@ def test_a_box_follows_its_own_groups_scale_and_ratio(dataset):
 # Errors
 
 
-def epoch_with_boxes(dataset: Dataset, boxes: Any, timeout_s: float = 60) -> Epoch:
-    """An epoch of one-sample batches over the small dataset, whose threads call `boxes`."""
-    return Epoch(
-        dataset, DataConfig(image_size=8, timeout_s=timeout_s), lambda k: np.array([k]), boxes, epoch=0, views=[(1, 8)],
-        first_batch=0, num_batches=10, threads=2, pin_memory=False,
-    )  # fmt: skip
+def pass_with_boxes(
+    loader: Loader, boxes: Any, samples: Any = lambda step: np.array([step]), num_steps: int = 10
+) -> Batches:
+    """Batches of one sample over the small dataset, whose threads call `boxes`."""
+    return Batches(loader, Crops([(1, 8)], boxes), samples, epoch=0, steps=range(num_steps))
+
+
+def epoch_with_boxes(dataset: Dataset, boxes: Any, timeout_s: float = 60) -> Batches:
+    return pass_with_boxes(loader_of(dataset, DataConfig(image_size=8, timeout_s=timeout_s)), boxes)
 
 
 def whole_image(samples: np.ndarray) -> np.ndarray:
@@ -401,12 +415,11 @@ def test_a_corrupt_jpeg_is_named(tmp_path, cut):
     assert isinstance(whole, bytes)
     images[5] = whole[: int(cut * len(whole))]
     dataset = open_dataset(write_beton(tmp_path / "corrupt.beton", images))
-    epoch = eval_pass(dataset, DATA, np.arange(12), batch_size=2, threads=2)
+    epoch = centered(dataset, np.arange(12), 2)
     np.testing.assert_array_equal(next(epoch).samples.indices, [0, 1])
     np.testing.assert_array_equal(next(epoch).samples.indices, [2, 3])
     with pytest.raises(RuntimeError, match=r"sample 5 of .*corrupt\.beton is not a readable JPEG"):
         next(epoch)
-    assert loader_threads() == []
     with pytest.raises(StopIteration):
         next(epoch)
 
@@ -419,12 +432,14 @@ def test_a_threads_error_reaches_the_consumer_as_itself(small):
             raise error
         return whole_image(samples)
 
-    epoch = epoch_with_boxes(small, boxes)
-    seen: list[Batch] = []
-    with pytest.raises(ZeroDivisionError) as caught:
-        seen.extend(epoch)
-    assert caught.value is error
-    assert loader_threads() == []
+    with loader_of(small, DataConfig(image_size=8)) as loader_:
+        batches = pass_with_boxes(loader_, boxes)
+        seen: list[Batch] = []
+        with pytest.raises(ZeroDivisionError) as caught:
+            seen.extend(batches)
+        assert caught.value is error
+        assert list(batches) == []
+        assert len(list(pass_with_boxes(loader_, whole_image))) == 10, "the threads are there for others"
 
 
 def test_a_wait_has_a_bound(small):
@@ -463,33 +478,58 @@ def test_the_largest_batch_is_the_training_split(dataset):
 # Threads
 
 
-def test_threads_end_with_a_full_iteration(dataset):
-    epoch = epoch_of(dataset, threads=3)
-    assert len(loader_threads()) == 3
-    assert len(list(epoch)) == 3
+def test_threads_outlive_passes_and_end_with_the_loader(dataset):
+    with loader_of(dataset, threads=3) as loader:
+        threads = loader_threads()
+        assert len(threads) == 3
+        assert [len(list(loader.epoch(number))) for number in range(2)] == [3, 3]
+        assert len(list(loader.centered(np.arange(5), batch_size=2, image_size=9))) == 3
+        assert loader_threads() == threads
     assert loader_threads() == []
-    epoch.close()
+    loader.close()
 
 
-def test_threads_end_with_the_last_batch_before_the_loop_asks_for_more(dataset):
-    epoch = epoch_of(dataset)
-    for _ in range(len(epoch)):
-        next(epoch)
-    assert loader_threads() == []
+def test_passes_of_one_loader_may_alternate(dataset):
+    indices = np.arange(NUM_SAMPLES)
+    trained, seen = list(epoch_of(dataset)), list(centered(dataset, indices, 20))
+    with loader_of(dataset) as loader:
+        pairs = list(zip(loader.epoch(0), loader.centered(indices, batch_size=20), strict=True))
+    assert_same([pair[0] for pair in pairs], trained)
+    assert_same([pair[1] for pair in pairs], seen)
 
 
-def test_threads_end_when_the_block_is_left_early(dataset):
-    with epoch_of(dataset) as epoch:
-        for _ in epoch:
-            break
-    assert loader_threads() == []
-    assert len(epoch) == 0
-    assert list(epoch) == []
+def test_a_pass_that_is_left_early_lets_go_of_its_batches_and_the_loader_goes_on(dataset):
+    expected = global_batches(dataset)
+    with loader_of(dataset, DataConfig(image_size=SIZE, batches_ahead=3)) as loader:
+        with loader.epoch(0) as batches:
+            for _ in batches:
+                break
+        assert len(batches) == 0
+        assert list(batches) == []
+        assert_same(list(loader.epoch(0)), expected)
+
+
+def test_a_pass_that_is_dropped_is_not_filled(small):
+    asked, release = [], threading.Event()
+
+    def boxes(samples: np.ndarray) -> np.ndarray:
+        asked.extend(samples.tolist())
+        release.wait(60)
+        return whole_image(samples)
+
+    with loader_of(small, DataConfig(image_size=8, batches_ahead=6), threads=1) as loader:
+        batches = pass_with_boxes(loader, boxes)
+        while not asked:
+            time.sleep(0.01)
+        del batches
+        release.set()
+        assert len(list(pass_with_boxes(loader, whole_image))) == 10
+    assert asked == [0]
 
 
 def test_threads_end_when_the_consumer_fails_in_the_block(dataset):
-    with pytest.raises(KeyError, match="the consumer's"), epoch_of(dataset) as epoch:  # noqa: PT012 - the with is meant
-        next(epoch)
+    with pytest.raises(KeyError, match="the consumer's"), loader_of(dataset) as loader:  # noqa: PT012 - the with is meant
+        next(loader.epoch(0))
         raise KeyError("the consumer's")
     assert loader_threads() == []
 
@@ -502,7 +542,7 @@ def test_threads_end_when_the_last_reference_is_dropped(dataset):
     assert loader_threads() == []
 
 
-def test_an_epoch_within_a_circle_of_references_ends_too(dataset):
+def test_a_loader_within_a_circle_of_references_ends_too(dataset):
     circle: list[Any] = [epoch_of(dataset)]
     circle.append(circle)
     del circle
@@ -510,22 +550,21 @@ def test_an_epoch_within_a_circle_of_references_ends_too(dataset):
     assert loader_threads() == []
 
 
-def test_an_error_in_the_order_ends_the_threads(small):
-    def batches(number: int) -> np.ndarray:
-        return np.array([[0], [1], [2], [10**6]][number])
+def test_an_error_in_the_order_ends_the_pass_alone(small):
+    def samples(step: int) -> np.ndarray:
+        return np.array([[0], [1], [2], [10**6]][step])
 
-    epoch = Epoch(
-        small, DataConfig(image_size=8, batches_ahead=2), batches, whole_image, epoch=0, views=[(1, 8)],
-        first_batch=0, num_batches=4, threads=2, pin_memory=False,
-    )  # fmt: skip
-    assert next(epoch).samples.indices.item() == 0
-    with pytest.raises(IndexError):
-        next(epoch)
-    assert loader_threads() == []
+    with loader_of(small, DataConfig(image_size=8, batches_ahead=2)) as loader:
+        batches = pass_with_boxes(loader, whole_image, samples, 4)
+        assert next(batches).samples.indices.item() == 0
+        with pytest.raises(IndexError):
+            next(batches)
+        assert list(batches) == []
+        assert len(list(pass_with_boxes(loader, whole_image))) == 10
 
 
-def test_threads_are_those_configured_or_a_fair_share_of_the_cores():
-    assert fair_threads(0) == fair_cores()
+def test_threads_are_those_configured_or_a_fair_share_of_the_cores_but_one():
+    assert fair_threads(0) == max(1, fair_cores() - 1), "the loop keeps one core"
     assert fair_threads(5) == 5
 
 
@@ -535,7 +574,7 @@ def test_packed_file_is_not_needed_by_name_once_it_is_open(tmp_path: Path):
     path = write_beton(tmp_path / "a.beton", images)
     dataset = open_dataset(path)
     path.unlink()
-    (batch,) = eval_pass(dataset, DataConfig(image_size=16), np.arange(8), batch_size=8, threads=1)
+    (batch,) = centered(dataset, np.arange(8), 8, DataConfig(image_size=16))
     np.testing.assert_array_equal(batch.views[0][0], np.stack(images))
 
 
@@ -548,9 +587,11 @@ def test_close_does_not_wait_for_ever_for_a_stuck_thread(small, monkeypatch):
         release.wait(60)
         return whole_image(samples)
 
-    epoch = epoch_with_boxes(small, boxes)
+    loader_ = loader_of(small, DataConfig(image_size=8))
+    batches = pass_with_boxes(loader_, boxes)
     assert begun.wait(60)
-    epoch.close()
+    batches.close()
+    loader_.close()
     stuck = loader_threads()
     assert stuck
     release.set()

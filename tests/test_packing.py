@@ -20,11 +20,10 @@ from dist_contrastive.cli import parse
 from dist_contrastive.config import DataConfig, UserError
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import NO_LABEL, TEST, TRAIN, manifest_path
-from dist_contrastive.data.loader import eval_pass
 from dist_contrastive.data.packing import BadImageError, read_rgb, write_dataset
 from dist_contrastive.data.sources import Sample, Source, open_source
 from dist_contrastive.pack import PackConfig, main
-from tests.betons import picture
+from tests.betons import open_loader, picture
 
 
 def make_folder(folder: Path, *, side: int = 16, num: int = 4) -> Path:
@@ -60,8 +59,8 @@ def test_the_loader_gives_the_pixels_and_labels_that_were_packed(tmp_path: Path)
     assert dataset.manifest == manifest
     assert (manifest.num_samples, manifest.num_train, manifest.num_test, manifest.num_jpeg) == (9, 8, 1, 0)
     assert list(dataset.indices(TEST)) == [8]
-    with eval_pass(dataset, DataConfig(image_size=32), np.arange(9), batch_size=9, threads=1) as batches:
-        batch = next(batches)
+    with open_loader(dataset, DataConfig(image_size=32)) as loader:
+        (batch,) = loader.centered(np.arange(9), batch_size=9)
     assert np.array_equal(batch.views[0][0].numpy(), np.stack(images))
     assert batch.samples.labels.tolist() == [n % 2 for n in range(9)]
 
@@ -91,8 +90,8 @@ def test_jpegs_look_like_their_source_and_quality_counts(tmp_path: Path) -> None
         write_dataset(array_source(image, image), tmp_path / "x.beton", quality=quality)
         dataset = open_dataset(tmp_path / "x.beton")
         sizes[quality] = int(dataset.sizes[0])
-        with eval_pass(dataset, DataConfig(image_size=96), np.arange(2), batch_size=2, threads=1) as batches:
-            difference = next(batches).views[0][0, 0].numpy().astype(int) - image
+        with open_loader(dataset, DataConfig(image_size=96)) as loader:
+            difference = next(loader.centered(np.arange(2), batch_size=2)).views[0][0, 0].numpy().astype(int) - image
         assert np.abs(difference).mean() < 3
     assert sizes[50] < sizes[90]
 
@@ -101,8 +100,8 @@ def test_one_pixel_images_go_through_packing_and_loader(tmp_path: Path) -> None:
     pixel = np.array([[[10, 200, 30]]], np.uint8)
     write_dataset(array_source(pixel, pixel, pixel), tmp_path / "x.beton")
     dataset = open_dataset(tmp_path / "x.beton")
-    with eval_pass(dataset, DataConfig(image_size=4), np.arange(3), batch_size=3, threads=1) as batches:
-        views = next(batches).views[0].numpy()
+    with open_loader(dataset, DataConfig(image_size=4)) as loader:
+        views = next(loader.centered(np.arange(3), batch_size=3)).views[0].numpy()
     assert np.array_equal(views, np.broadcast_to(pixel, (1, 3, 4, 4, 3)))
 
 

@@ -42,10 +42,11 @@ from pathlib import Path
 import numpy as np
 from dist_contrastive.config import DataConfig
 from dist_contrastive.data.beton import open_dataset
-from dist_contrastive.data.loader import announced_compilation, eval_pass
+from dist_contrastive.data.compiled import announced_compilation
+from tests.betons import open_loader
 with announced_compilation(print):
     for _ in range(2):
-        list(eval_pass(open_dataset(Path(sys.argv[1])), DataConfig(image_size=8), np.arange(4), batch_size=4, threads=2))
+        list(open_loader(open_dataset(Path(sys.argv[1])), DataConfig(image_size=8)).centered(np.arange(4), batch_size=4))
 """
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_contrastive.batch import Share
 from dist_contrastive.config import EncoderConfig, TrainConfig
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import TEST
+from dist_contrastive.data.loader import loader_of
 from dist_contrastive.models.attention import last_attention
 from dist_contrastive.models.base import Encoder
 from dist_contrastive.report import collect as module
@@ -27,10 +29,12 @@ VIT = EncoderConfig(name="vit_w96_d4")
 
 def collected(config: TrainConfig, dataset: Dataset) -> RunReport:
     """Of a run that has not begun."""
-    report = collect_report(
-        config, dataset, method=build_method(config), untrained=build_method(config).exported, device=torch.device("cpu"),
-        threads=1, schedules={}, probe=None, machine={}, starts=(), seconds=dict,
-    )  # fmt: skip
+    cpu = torch.device("cpu")
+    with loader_of(config, dataset, Share(config.batch.size), cpu) as loader:
+        report = collect_report(
+            config, loader, method=build_method(config), untrained=build_method(config).exported, device=cpu, schedules={},
+            probe=None, machine={}, starts=(), seconds=dict,
+        )  # fmt: skip
     assert report is not None
     return report
 

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from dist_contrastive import rng
-from dist_contrastive.data.loader import CROP_TRIES
+from dist_contrastive.data.crops import CROP_TRIES
 from dist_contrastive.rng import Stream
 
 # The first outputs of the splitmix64 generator with seed 1234567, as published for its reference implementation.

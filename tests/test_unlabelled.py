@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,14 +22,12 @@ from dist_contrastive.models.encoders import build_encoder
 from dist_contrastive.probe import main as probe_main
 from dist_contrastive.report import PLOT_NAMES
 from dist_contrastive.run import train
-from tests.betons import picture, write_beton
+from tests.betons import open_loader, picture, write_beton
 from tests.harness import run_ranks
 from tests.runs import NUM_TEST, NUM_TRAIN, tiny_config, train_on_rank, write_dataset
 from tests.steps import with_small
 
-SETTINGS: dict[str, Any] = {
-    "data": DataConfig(image_size=16), "augment": AugmentConfig(), "device": torch.device("cpu"), "threads": 1,
-}  # fmt: skip
+DATA, CPU = DataConfig(image_size=16), torch.device("cpu")
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["no labels", "one class"])
@@ -110,11 +107,12 @@ def test_the_probe_command_is_refused(finished: tuple[Path, str], dataset: Path)
 @pytest.mark.parametrize("num_classes", [0, 1, 3])
 def test_the_scores_are_those_of_the_test_images(tmp_path: Path, num_classes: int) -> None:
     dataset = open_dataset(write_dataset(tmp_path, num_classes=num_classes))
-    runner = ProbeRunner(dataset, probe=ProbeConfig(knn_k=5), seed=3, **SETTINGS)
+    loader = open_loader(dataset, DATA, seed=3)
+    runner = ProbeRunner(loader, probe=ProbeConfig(knn_k=5), device=CPU)
     found = runner.score(encoder())
     test = dataset.indices(TEST)
-    features = extract(encoder(), dataset, test, **SETTINGS)
-    views = extract_views(encoder(), dataset, test, seed=3, **SETTINGS)
+    features = extract(encoder(), loader, test, CPU)
+    views = extract_views(encoder(), loader, test, CPU)
     assert views.shape == (2, NUM_TEST, features.shape[1])
     expected = [alignment(views).item(), uniformity(features).item(), effective_rank(features).item()]
     assert [found[name] for name in FREE_SCORES] == pytest.approx(expected, rel=1e-6)
@@ -127,9 +125,8 @@ def test_the_scores_are_those_of_the_test_images(tmp_path: Path, num_classes: in
 
 
 def views_on_rank(rank: int, path: Path, num_views: int) -> np.ndarray:
-    dataset = open_dataset(path)
-    settings = {**SETTINGS, "augment": AugmentConfig((ViewConfig(count=num_views),))}
-    return extract_views(encoder(), dataset, np.arange(7), seed=1, **settings).numpy()
+    loader = open_loader(open_dataset(path), DATA, AugmentConfig((ViewConfig(count=num_views),)), seed=1)
+    return extract_views(encoder(), loader, np.arange(7), CPU).numpy()
 
 
 @pytest.mark.parametrize(("num_views", "expected"), [(1, 2), (2, 2), (4, 4)])
@@ -145,7 +142,7 @@ def test_views_are_the_same_at_any_number_of_ranks_and_differ_from_each_other(
 
 
 def test_features_that_are_not_finite_are_refused(unlabelled: Path) -> None:
-    runner = ProbeRunner(open_dataset(unlabelled), probe=ProbeConfig(), seed=0, **SETTINGS)
+    runner = ProbeRunner(open_loader(open_dataset(unlabelled), DATA), probe=ProbeConfig(), device=CPU)
     broken = encoder()
     with torch.no_grad():
         next(broken.parameters()).fill_(float("nan"))

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_contrastive import distributed, signals
-from dist_contrastive.config import AugmentConfig, DataConfig
 from dist_contrastive.data.augment import Augment, to_normalized
-from dist_contrastive.data.beton import Dataset
-from dist_contrastive.data.loader import eval_pass, view_pass
+from dist_contrastive.data.loader import Loader
 from dist_contrastive.models.base import Encoder
 
 BATCH_SIZE = 256
@@ -31,16 +29,7 @@ def frozen(encoder: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def extract(
-    encoder: Encoder,
-    dataset: Dataset,
-    indices: np.ndarray,
-    *,
-    data: DataConfig,
-    augment: AugmentConfig,
-    device: torch.device,
-    threads: int,
-) -> Tensor:
+def extract(encoder: Encoder, loader: Loader, indices: np.ndarray, device: torch.device) -> Tensor:
     """Features float32 [n, D] of the samples `indices` int64 [n], in their order, on `device`, on every rank.
 
     Each rank encodes a contiguous share in fp32, so all ranks must call it with the same samples. Images are seen as the
@@ -49,50 +38,36 @@ def extract(
     """
     distributed.broadcast_buffers(encoder)
     share = np.array_split(indices, distributed.world_size())[distributed.rank()]
-    pass_over_share = eval_pass(
-        dataset, data, share, batch_size=BATCH_SIZE, threads=threads, pin_memory=device.type == "cuda"
-    )
 
     def encode() -> Tensor:
         parts = [torch.empty(0, encoder.feature_size, device=device)]
-        with frozen(encoder), pass_over_share as batches:
+        with frozen(encoder), loader.centered(share, batch_size=BATCH_SIZE) as batches:
             for batch in batches:
                 signals.give_way()
-                images = to_normalized(batch.views[0][0], augment, device).contiguous(memory_format=torch.channels_last)
+                images = to_normalized(batch.views[0][0], loader.augment, device).contiguous(
+                    memory_format=torch.channels_last
+                )
                 parts.append(encoder(images).float())
         return torch.cat(parts)
 
     return distributed.all_gather_rows(distributed.together(encode))
 
 
-def extract_views(
-    encoder: Encoder,
-    dataset: Dataset,
-    indices: np.ndarray,
-    *,
-    data: DataConfig,
-    augment: AugmentConfig,
-    seed: int,
-    device: torch.device,
-    threads: int,
-) -> Tensor:
+def extract_views(encoder: Encoder, loader: Loader, indices: np.ndarray, device: torch.device) -> Tensor:
     """Features float32 [V, n, D] of augmented views of the samples `indices` int64 [n], otherwise as `extract`.
 
     The views are those of the first size that training would make; where that is one, two of its kind.
     """
-    augment = augment.of_first_size(data.image_size)
+    augment = loader.augment.of_first_size(loader.data.image_size)
     num_views = augment.num_views
     distributed.broadcast_buffers(encoder)
     share = np.array_split(indices, distributed.world_size())[distributed.rank()]
-    make_views = Augment(augment, seed)
-    pass_over_share = view_pass(
-        dataset, data, augment, share, seed=seed, batch_size=max(1, BATCH_SIZE // num_views), threads=threads,
-        pin_memory=device.type == "cuda",
-    )  # fmt: skip
+    make_views = Augment(augment, loader.seed)
+    batch_size = max(1, BATCH_SIZE // num_views)
 
     def encode() -> Tensor:
         parts = [torch.empty(0, num_views, encoder.feature_size, device=device)]
-        with frozen(encoder), pass_over_share as batches:
+        with frozen(encoder), loader.views(share, batch_size=batch_size, augment=augment) as batches:
             for batch in batches:
                 signals.give_way()
                 (views,) = make_views(batch, device).views
@@ -104,12 +79,10 @@ def extract_views(
     return rows.unflatten(1, (num_views, -1)).transpose(0, 1)
 
 
-def raw_pixels(
-    dataset: Dataset, indices: np.ndarray, *, data: DataConfig, device: torch.device, threads: int
-) -> Tensor:
-    """The pixels themselves as features, float32 [n, 3·S·S] in [0, 1], on `device`; every rank reads all of them."""
+def raw_pixels(loader: Loader, indices: np.ndarray, image_size: int, device: torch.device) -> Tensor:
+    """The pixels themselves at S = `image_size` as features, float32 [n, 3·S·S] in [0, 1], on `device`; every rank reads all."""
     parts = []
-    with eval_pass(dataset, data, indices, batch_size=BATCH_SIZE, threads=threads) as batches:
+    with loader.centered(indices, batch_size=BATCH_SIZE, image_size=image_size) as batches:
         for batch in batches:
             signals.give_way()
             parts.append(batch.views[0][0].flatten(1).to(device).float().div_(255))

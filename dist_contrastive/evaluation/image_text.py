@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dist_contrastive import distributed, signals
-from dist_contrastive.config import AugmentConfig, DataConfig
-from dist_contrastive.data.beton import Dataset
 from dist_contrastive.data.captions import Captions
 from dist_contrastive.data.format import TEST, spoken
+from dist_contrastive.data.loader import Loader
 from dist_contrastive.evaluation.features import extract, frozen
 from dist_contrastive.methods.image_text import ImageText
 
@@ -32,13 +31,11 @@ class ImageTextRunner:
     Captions are told apart by their text: one that several images have is one candidate, and right for each of them.
     """
 
-    def __init__(
-        self, dataset: Dataset, *, data: DataConfig, augment: AugmentConfig, device: torch.device, threads: int
-    ) -> None:
+    def __init__(self, loader: Loader, *, device: torch.device) -> None:
+        dataset = loader.dataset
         assert dataset.captions is not None, "the dataset has captions"
-        self.dataset, self.captions = dataset, dataset.captions
+        self.loader, self.dataset, self.captions = loader, dataset, dataset.captions
         self.device = device
-        self._settings: dict[str, Any] = {"data": data, "augment": augment, "device": device, "threads": threads}
         self._indices = dataset.indices(TEST)
         own = [dict.fromkeys(self.captions.texts(int(index))) for index in self._indices]
         positions = {text: number for number, text in enumerate(dict.fromkeys(chain.from_iterable(own)))}
@@ -49,7 +46,7 @@ class ImageTextRunner:
     def score(self, method: ImageText[Any]) -> dict[str, float]:
         """`zero_shot_top1`, where the dataset has classes, and for k in RECALLS the shares of images that find one of their
         captions among the k nearest, `text_recall_at_k`, and of captions that find one of their images, `image_recall_at_k`."""
-        features = extract(method.exported, self.dataset, self._indices, **self._settings)
+        features = extract(method.exported, self.loader, self._indices, self.device)
 
         def measure() -> dict[str, float]:
             embed = partial(embed_texts, method, self.captions, device=self.device)

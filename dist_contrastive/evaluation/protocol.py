@@ -8,7 +8,6 @@ split, the last epoch is the result, and beside each score stand raw pixels and 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dist_contrastive import distributed, liveness, rng
-from dist_contrastive.config import AugmentConfig, DataConfig, ProbeConfig, require
-from dist_contrastive.data.beton import Dataset
+from dist_contrastive.config import ProbeConfig, require
 from dist_contrastive.data.format import TEST, TRAIN
+from dist_contrastive.data.loader import Loader
 from dist_contrastive.evaluation.features import extract, extract_views, raw_pixels
 from dist_contrastive.evaluation.knn import AUTOMATIC_K, BY_K, automatic_k, knn_predict
 from dist_contrastive.evaluation.linear import linear_probe
@@ -45,24 +44,20 @@ class ProbeRunner:
 
     def __init__(
         self,
-        dataset: Dataset,
+        loader: Loader,
         *,
-        data: DataConfig,
-        augment: AugmentConfig,
         probe: ProbeConfig,
-        seed: int,
         device: torch.device,
-        threads: int,
     ) -> None:
-        """`UserError` where the dataset has nothing to tell apart or to test on, or fewer samples than the probe wants."""
+        """`UserError` where the loader's dataset has nothing to tell apart or to test on, or fewer samples than `probe` wants."""
+        dataset, seed = loader.dataset, loader.seed
         manifest = dataset.manifest
         require(
             manifest.num_test > 0 and manifest.num_train > 0,
             f"{dataset.path} can't be probed on: it has no {'test' if manifest.num_train else 'training'} split; give "
             "one that has (a run without scores: --probe.no-enabled)",
         )
-        self.dataset, self.data, self.augment, self.probe = dataset, data, augment, probe
-        self.seed, self.device, self.threads = seed, device, threads
+        self.loader, self.dataset, self.probe, self.device = loader, dataset, probe, device
         self._indices = [dataset.indices(split) for split in (TRAIN, TEST)]
         test = self._indices[TEST]
         self._few = np.sort(rng.permutation(seed, 0, len(test))[:MAX_FREE_SAMPLES])
@@ -91,16 +86,10 @@ class ProbeRunner:
 
         `UserError` on all ranks where features are not finite.
         """
-        settings: dict[str, Any] = {
-            "data": self.data,
-            "augment": self.augment,
-            "device": self.device,
-            "threads": self.threads,
-        }
         splits = (TRAIN, TEST) if self.has_labels else (TEST,)
-        features = [extract(encoder, self.dataset, self._indices[split], **settings) for split in splits]
+        features = [extract(encoder, self.loader, self._indices[split], self.device) for split in splits]
         test_images = self._indices[TEST][self._few]
-        views = extract_views(encoder, self.dataset, test_images, seed=self.seed, **settings)
+        views = extract_views(encoder, self.loader, test_images, self.device)
         free = self._score_without_labels(features[-1][torch.from_numpy(self._few).to(self.device)], views)
         return {**self._score(lambda: features), **free} if self.has_labels else free
 
@@ -108,13 +97,10 @@ class ProbeRunner:
         """The same scores of the untrained encoder (`init_…`), and with labels those of raw pixels (`raw_…`)."""
         found = {}
         if self.has_labels:
-            small = replace(self.data, image_size=min(RAW_SIDE, self.data.image_size))
+            side = min(RAW_SIDE, self.loader.data.image_size)
 
             def pixels() -> list[Tensor]:
-                return [
-                    raw_pixels(self.dataset, indices, data=small, device=self.device, threads=self.threads)
-                    for indices in self._indices
-                ]
+                return [raw_pixels(self.loader, indices, side, self.device) for indices in self._indices]
 
             found = {f"raw_{name}": value for name, value in self._score(pixels).items()}
         found |= {f"init_{name}": value for name, value in self.score(untrained).items()}
@@ -146,7 +132,7 @@ class ProbeRunner:
                 (train_x, test_x), (train_y, test_y) = features(), self._labels
                 linear = linear_probe(
                     train_x, train_y, test_x, test_y,
-                    strengths=self.probe.strengths, holdout=self.probe.holdout, seed=self.seed,
+                    strengths=self.probe.strengths, holdout=self.probe.holdout, seed=self.loader.seed,
                 )  # fmt: skip
                 by_k = knn_predict(
                     train_x, train_y, test_x, num_classes=len(self.dataset.manifest.classes),
@@ -176,6 +162,7 @@ class ProbeRunner:
 
     def protocol(self) -> dict[str, Any]:
         """How the scores come about, in words and numbers, for whoever compares them."""
+        data = self.loader.data
         with_labels = {
             "linear": "L2-regularised logistic regression by L-BFGS on standardised features",
             "linear_strengths": list(self.probe.strengths),
@@ -184,7 +171,7 @@ class ProbeRunner:
             "knn_k": self.knn_k,
             "knn_k_chosen": "given" if self.probe.knn_k else AUTOMATIC_K,
             "knn_temperature": self.probe.knn_temperature,
-            "raw_pixels": f"{min(RAW_SIDE, self.data.image_size)} px",
+            "raw_pixels": f"{min(RAW_SIDE, data.image_size)} px",
         }
         return {
             **(
@@ -197,7 +184,7 @@ class ProbeRunner:
             "effective_rank": "exponential of the entropy of the features' singular values",
             "num_without_labels": len(self._few),
             "encoder": "frozen, in eval mode, fp32",
-            "images": f"centre crop {self.data.eval_crop:g}, {self.data.image_size} px, without augmentation",
+            "images": f"centre crop {data.eval_crop:g}, {data.image_size} px, without augmentation",
             "num_train": self.dataset.manifest.num_train,
             "num_test": self.dataset.manifest.num_test,
             "dataset_sha256": self.dataset.manifest.identity,

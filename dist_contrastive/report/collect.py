@@ -2,7 +2,6 @@
 some, the captions that they find, some augmented views."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -10,13 +9,11 @@ import numpy as np
 import torch
 
 from dist_contrastive import distributed, liveness, rng
-from dist_contrastive.batch import Share
 from dist_contrastive.config import AugmentConfig, TrainConfig, to_dict
 from dist_contrastive.data.augment import Augment, to_displayable, to_normalized
-from dist_contrastive.data.beton import Dataset
 from dist_contrastive.data.captions import Captions
 from dist_contrastive.data.format import TEST, TRAIN
-from dist_contrastive.data.loader import eval_pass, train_epoch
+from dist_contrastive.data.loader import Loader
 from dist_contrastive.evaluation.features import extract, frozen
 from dist_contrastive.evaluation.image_text import embed_images, embed_texts
 from dist_contrastive.losses.statistics import covariance_spectrum
@@ -47,12 +44,11 @@ T = TypeVar("T")
 
 def collect_report(
     config: TrainConfig,
-    dataset: Dataset,
+    loader: Loader,
     *,
     method: Method,
     untrained: Encoder,
     device: torch.device,
-    threads: int,
     schedules: Mapping[str, Sequence[float]],
     probe: Mapping[str, Any] | None,
     machine: Mapping[str, Any],
@@ -64,24 +60,18 @@ def collect_report(
     `method` is the trained one, `untrained` its encoder as it was before the first step. What is shown is taken from at most
     MAX_SAMPLES images and their captions, however large the dataset is.
     """
-    encoder = method.exported
+    encoder, dataset = method.exported, loader.dataset
     split, samples = (TEST, "test images") if dataset.manifest.num_test else (TRAIN, "training images")
     indices = dataset.indices(split)
     num_in_split = len(indices)
     indices = np.sort(indices[rng.permutation(config.seed, 0, len(indices))[:MAX_SAMPLES]])
-
-    def features_of(module: Encoder) -> torch.Tensor:
-        return extract(
-            module, dataset, indices, data=config.data, augment=config.augment, device=device, threads=threads
-        )
-
-    features, untrained_features = features_of(encoder), features_of(untrained)
+    features, untrained_features = (extract(module, loader, indices, device) for module in (encoder, untrained))
 
     def collect() -> RunReport | None:
         if not distributed.is_main():
             return None
         with liveness.busy("collects what the report shows"):
-            views, originals = example_views(config, dataset)
+            views, originals = example_views(loader)
             has_labels = dataset.manifest.has_labels
             problems: dict[str, str] = {}
 
@@ -94,7 +84,7 @@ def collect_report(
 
             def attention() -> Attention | None:
                 chosen = spread_over_classes(dataset.labels[indices], NUM_EXAMPLES)
-                images = _images(config, dataset, indices[chosen], config.data.image_size)
+                images = _images(loader, indices[chosen], config.data.image_size)
                 return attention_of(encoder, untrained, images, config.augment, device)
 
             def retrieval() -> Retrieval | None:
@@ -115,7 +105,7 @@ def collect_report(
                 num_in_split=num_in_split,
                 features=features.cpu().numpy(),
                 labels=dataset.labels[indices] if has_labels else None,
-                thumbnails=_images(config, dataset, indices, min(THUMBNAIL_SIDE, config.data.image_size)),
+                thumbnails=_images(loader, indices, min(THUMBNAIL_SIDE, config.data.image_size)),
                 spectrum=covariance_spectrum(features).cpu().numpy(),
                 untrained_spectrum=covariance_spectrum(untrained_features).cpu().numpy(),
                 attention=unless_it_fails("attention", attention),
@@ -196,21 +186,18 @@ def _largest(values: np.ndarray) -> list[int]:
     return np.argsort(-values, kind="stable")[:NUM_FOUND].tolist()
 
 
-def example_views(config: TrainConfig, dataset: Dataset) -> tuple[list[np.ndarray], np.ndarray]:
+def example_views(loader: Loader) -> tuple[list[np.ndarray], np.ndarray]:
     """Views uint8 [n, V, S, S, 3], for each size, of the first samples of the first epoch as training sees them, and the
     originals uint8 [n, S, S, 3]."""
-    num_examples = min(NUM_EXAMPLES, dataset.manifest.num_train)
-    with train_epoch(
-        dataset, config.data, config.augment,
-        seed=config.seed, epoch=0, share=Share(num_examples), threads=1,
-    ) as batches:  # fmt: skip
-        batch = Augment(config.augment, config.seed)(next(batches), torch.device("cpu"))
-    views = [to_displayable(of_size, config.augment).transpose(0, 1).numpy() for of_size in batch.views]
-    return views, _images(config, dataset, batch.samples.indices.numpy(), config.data.image_size)
+    train = loader.dataset.indices(TRAIN)
+    first = train[rng.permutation(loader.seed, 0, len(train))[:NUM_EXAMPLES]]
+    with loader.views(first, batch_size=NUM_EXAMPLES) as batches:
+        batch = Augment(loader.augment, loader.seed)(next(batches), torch.device("cpu"))
+    views = [to_displayable(of_size, loader.augment).transpose(0, 1).numpy() for of_size in batch.views]
+    return views, _images(loader, first, loader.data.image_size)
 
 
-def _images(config: TrainConfig, dataset: Dataset, indices: np.ndarray, side: int) -> np.ndarray:
+def _images(loader: Loader, indices: np.ndarray, side: int) -> np.ndarray:
     """The images `indices` int64 [n] as evaluation sees them, uint8 [n, side, side, 3]."""
-    data = replace(config.data, image_size=side)
-    batches = eval_pass(dataset, data, indices, batch_size=256, threads=1)
+    batches = loader.centered(indices, batch_size=256, image_size=side)
     return np.concatenate([batch.views[0][0].numpy() for batch in batches])

@@ -60,7 +60,7 @@ def loader_dies(trainer: Trainer, batch: Batch) -> None:
     def failing(*arguments: Any, **options: Any) -> Any:
         raise OSError("injected: the disk is gone")
 
-    loader._Filler.fill = failing  # type: ignore[method-assign]
+    loader.Crops.fill = failing  # type: ignore[method-assign]
 
 
 def linger(trainer: Trainer, batch: Batch) -> None:
