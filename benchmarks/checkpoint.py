@@ -15,11 +15,10 @@ It takes about five minutes on two cores, on which nothing else should run, and 
     python -m benchmarks.checkpoint --data elsewhere/photos.beton --kills 10
 """
 
+import itertools
 import json
-import platform
 import random
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,9 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from datetime import date
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +34,24 @@ import psutil
 import torch
 from torch import nn
 
-from benchmarks.loader import hardware
-from dist_contrastive.atomic import write_atomic
+from benchmarks.frame import ROOT, Options, Record, at_least, bars, begin, ratios, spread, take_turns
 from dist_contrastive.batch import steps_per_epoch
 from dist_contrastive.checkpoint import CheckpointStore, Saver, load_module, load_optimizer, optimizer_tensors
-from dist_contrastive.cli import main_guard, parse
-from dist_contrastive.config import require
+from dist_contrastive.cli import main_guard
 from dist_contrastive.data.beton import open_dataset
 from dist_contrastive.metrics import read_metrics
 from dist_contrastive.recipes import build_recipe
 
-ROOT = Path(__file__).resolve().parent.parent
+QUESTION = "what does a checkpoint cost, how soon is a run back, what does a kill lose?"
 RECIPE = "photos"
 NO_CHECKPOINTS = ("--checkpoint.every", "100000")
 TIMEOUT_S = 300.0
 MILLION_PARAMETERS = 25
+LOOP, WAITED, MORE, RESUMED = "s of the loop", "% of the loop waited", "% more than without", "s until back"
 
 
 @dataclass(frozen=True)
-class CheckpointBenchmark:
+class Command(Options):
     data: Path = Path("data/photos.beton")
     """The packed dataset of the recipe photos."""
     epochs: int = 3
@@ -66,15 +62,12 @@ class CheckpointBenchmark:
     """How often a run is killed."""
     every_steps: int = 10
     """Steps between the checkpoints of the runs that are killed."""
-    out: Path | None = None
-    """Where to write the record; a folder of today in benchmarks/records if none is given."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "pairs", "kills", "every_steps"):
-            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: give at least 1")
+        at_least(self, 1, "epochs", "pairs", "kills", "every_steps")
 
 
-def command_of(config: CheckpointBenchmark, run_dir: Path, *more: str) -> list[str]:
+def command_of(config: Command, run_dir: Path, *more: str) -> list[str]:
     return [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch_configs" / "cpu.yaml"),
         "-m", "dist_contrastive.train", RECIPE, "--data.path", str(config.data), "--run-dir", str(run_dir),
@@ -82,7 +75,7 @@ def command_of(config: CheckpointBenchmark, run_dir: Path, *more: str) -> list[s
     ]  # fmt: skip
 
 
-def launch(config: CheckpointBenchmark, run_dir: Path, *more: str) -> tuple[subprocess.Popen[bytes], float]:
+def launch(config: Command, run_dir: Path, *more: str) -> tuple[subprocess.Popen[bytes], float]:
     """A run that has begun, and when it did."""
     output = open(run_dir.with_suffix(".txt"), "ab")  # noqa: SIM115 - the process has it
     return subprocess.Popen(command_of(config, run_dir, *more), stdout=output, stderr=output), time.monotonic()
@@ -100,7 +93,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
         time.sleep(0.01)
 
 
-def stopped_run(config: CheckpointBenchmark, run_dir: Path, steps: int, *more: str) -> dict[str, float]:
+def stopped_run(config: Command, run_dir: Path, steps: int, *more: str) -> dict[str, float]:
     """Train so many steps and stop; where the time of rank 0 went, in seconds."""
     process, _ = launch(config, run_dir, "--stop-after-steps", str(steps), *more)
     process.wait(TIMEOUT_S)
@@ -108,7 +101,7 @@ def stopped_run(config: CheckpointBenchmark, run_dir: Path, steps: int, *more: s
     return seconds
 
 
-def resume_s(config: CheckpointBenchmark, run_dir: Path) -> float:
+def resume_s(config: Command, run_dir: Path) -> float:
     """Seconds from the command to the first step that is done after the newest checkpoint."""
     step = CheckpointStore(run_dir / "checkpoints", keep=2).steps()[-1]
     process, began = launch(config, run_dir, "--stop-after-steps", str(step + 1))
@@ -124,25 +117,26 @@ def loop_s(seconds: dict[str, float]) -> float:
     return sum(seconds.get(part, 0.0) for part in ("training", "waiting_for_data", "checkpoints"))
 
 
-def cost_of_checkpoints(config: CheckpointBenchmark, folder: Path, per_epoch: int) -> dict[str, Any]:
+def cost_of_checkpoints(config: Command, folder: Path, per_epoch: int) -> dict[str, Any]:
     """The seconds of each run, with and without, and those until they were back."""
     steps = config.epochs * per_epoch + 1
-    result: dict[str, Any] = {"steps": steps, "with": [], "without": [], "resume_s": []}
-    for number in range(config.pairs):
-        names = ("with", "without") if number % 2 == 0 else ("without", "with")
-        for name in names:
-            run_dir = folder / f"{name}-{number}"
-            result[name].append(
-                stopped_run(
-                    config, run_dir, steps, *(NO_CHECKPOINTS if name == "without" else ("--checkpoint.every", "1"))
-                )
-            )
-            if name == "with":
-                result["resume_s"].append(resume_s(config, run_dir))
-    return result
+    numbers = itertools.count()
+    resumes: list[float] = []
+
+    def with_checkpoints() -> dict[str, float]:
+        run_dir = folder / f"with-{next(numbers)}"
+        found = stopped_run(config, run_dir, steps, "--checkpoint.every", "1")
+        resumes.append(resume_s(config, run_dir))
+        return found
+
+    def without() -> dict[str, float]:
+        return stopped_run(config, folder / f"without-{next(numbers)}", steps, *NO_CHECKPOINTS)
+
+    runs = take_turns({"with": with_checkpoints, "without": without}, config.pairs, warmup=0)
+    return {"steps": steps, **runs, "resume_s": resumes}
 
 
-def lost_by_a_kill(config: CheckpointBenchmark, run_dir: Path, generator: random.Random) -> dict[str, Any]:
+def lost_by_a_kill(config: Command, run_dir: Path, generator: random.Random) -> dict[str, Any]:
     """Kill a run in mid-flight; what was lost, and how soon it was back."""
     process, _ = launch(config, run_dir, "--checkpoint.every-steps", str(config.every_steps))
     least = generator.randrange(config.every_steps + 1, 3 * config.every_steps)
@@ -213,25 +207,20 @@ def size_of_state(folder: Path) -> dict[str, float]:
     return result | {"load_s": time.monotonic() - began, "load_peak_mb": peak.mb, "size_mb": size / 1e6}
 
 
-def spread(values: Sequence[float], unit: str) -> str:
-    return f"{statistics.median(values):.3g}{unit} ({min(values):.3g} to {max(values):.3g}, {len(values)} times)"
-
-
-def table(record: dict[str, Any]) -> str:
+def table(config: Command, record: Record) -> str:
     """Markdown: what was asked, what was found, what was aimed at."""
-    cost, kills, size = record["cost"], record["kills"], record["size"]
-    direct = [100 * with_["checkpoints"] / loop_s(with_) for with_ in cost["with"]]
-    beside = [
-        100 * (loop_s(with_) / loop_s(without) - 1)
-        for with_, without in zip(cost["with"], cost["without"], strict=True)
-    ]
-    resumes = [*cost["resume_s"], *(kill["resume_s"] for kill in kills)]
+    size, kills = record.details["size"], record.details["kills"]
     lost = ", ".join(f"{kill['lost']} (of {kill['reached']})" for kill in kills)
+
+    def found(metric: str) -> str:
+        values = record.of(metric)[0].values
+        return f"{spread(values).format()}, {len(values)} times"
+
     rows = [
-        ("the loop waits for its checkpoints, one an epoch, % of its time", spread(direct, " %"), "at most 5 %"),
-        ("the loop with them beside the loop without", spread(beside, " %"), "at most 5 %"),
-        ("from the command to the first step of a resumed run", spread(resumes, " s"), "at most 20 s"),
-        (f"steps lost by SIGKILL, a checkpoint every {record['settings']['every_steps']} steps", lost, "at most those"),
+        ("the loop waits for its checkpoints, one an epoch, % of its time", found(WAITED), "at most 5 %"),
+        ("the loop with them beside the loop without, % more", found(MORE), "at most 5 %"),
+        ("from the command to the first step of a resumed run, s", found(RESUMED), "at most 20 s"),
+        (f"steps lost by SIGKILL, a checkpoint every {config.every_steps} steps", lost, "at most those"),
         (f"a state of {size['size_mb']:.0f} MB: the loop waits for the copy", f"{size['later_copy_s']:.3g} s", ""),
         ("the same: written in the background", f"{size['write_s']:.3g} s", ""),
         ("the same: verified and loaded", f"{size['load_s']:.3g} s", ""),
@@ -241,46 +230,38 @@ def table(record: dict[str, Any]) -> str:
             "",
         ),
     ]
-    lines = ["| what | measured | aim |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
-
-
-def page(record: dict[str, Any]) -> str:
-    machine = record["hardware"]
-    return (
-        "# What checkpoints cost, how soon a run is back, what a kill loses\n\n"
-        f"`python -m benchmarks.checkpoint` on {machine['usable_cores']} cores of {machine['cpu']}, "
-        f"{machine['memory_gib']} GiB, load average {machine['load_average_1min']:.2f} over the minute before; recipe "
-        f"`{RECIPE}` on two ranks over gloo, "
-        f"{record['cost']['steps']} steps a run.\n\n"
-        f"{table(record)}\n"
-        "The first line is what rank 0 waited (copying the state, waiting for the checkpoint before it); the second one has what "
-        "the writing took from the steps beside it, too, and the noise of two runs. Raw numbers: `checkpoint.json`.\n"
-    )
+    lines = [
+        "| all measured | median (min to max) | aim |",
+        "|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse(CheckpointBenchmark, argv, prog="python -m benchmarks.checkpoint", about=__doc__)
-    machine = hardware()  # before this program makes a load of its own
+    config, record = begin(
+        Command, "checkpoint", argv, __doc__, question=QUESTION, packages=("accelerate", "safetensors")
+    )
     num_train = open_dataset(config.data).manifest.num_train
-    out = config.out or ROOT / "benchmarks" / "records" / f"{date.today()}_{machine['usable_cores']}cpu_checkpoint"
     generator = random.Random(10)
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-    record: dict[str, Any] = {
-        "question": "what does a checkpoint cost, how soon is a run back, what does a kill lose?",
-        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(config).items()},
-        "size": size_of_state(folder),
-        "cost": cost_of_checkpoints(config, folder, steps_per_epoch(num_train, build_recipe(RECIPE).batch.size)),
-        "kills": [lost_by_a_kill(config, folder / f"killed-{number}", generator) for number in range(config.kills)],
-        "hardware": machine,
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "accelerate", "safetensors", "numpy")},
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "checkpoint.json", (json.dumps(record, indent=1) + "\n").encode())
-    write_atomic(out / "README.md", page(record).encode())
+    cost = cost_of_checkpoints(config, folder, steps_per_epoch(num_train, build_recipe(RECIPE).batch.size))
+    kills = [lost_by_a_kill(config, folder / f"killed-{number}", generator) for number in range(config.kills)]
+    record.details = {"size": size_of_state(folder), "cost": cost, "kills": kills}
     shutil.rmtree(folder)
-    print(f"{table(record)}\nwritten: {out}")
+    loops = {name: [loop_s(run) for run in cost[name]] for name in ("with", "without")}
+    for name, values in loops.items():
+        record.add("two ranks", f"{name} checkpoints", LOOP, values)
+    shares = [100 * run["checkpoints"] / loop_s(run) for run in cost["with"]]
+    record.add("two ranks", "with checkpoints", WAITED, shares)
+    record.add("two ranks", "with checkpoints", MORE, [100 * (r - 1) for r in ratios(loops["with"], loops["without"])])
+    record.add("two ranks", "with checkpoints", RESUMED, [*cost["resume_s"], *(kill["resume_s"] for kill in kills)])
+    body = (
+        f"Recipe `{RECIPE}` on two ranks over gloo, {cost['steps']} steps a run.\n\n{table(config, record)}\n"
+        "The first line is what rank 0 waited (copying the state, waiting for the checkpoint before it); the second one has what "
+        "the writing took from the steps beside it, too, and the noise of two runs.\n"
+    )
+    record.write("What a checkpoint costs, and what a kill loses", body, {"loop": bars(record, LOOP)})
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 Trains `photos_dino` as it is, without centering, without sharpening (targets as warm as the predictions) and without both, two
 ranks a run, one after the other, and draws what figure 7 of Caron et al. 2021 shows: the entropy of the teacher's targets, and
 that of their mean over the batch. Next to ln K every target is the same and uniform; near 0 all are the same one prototype.
-Writes collapse.json, table.md and collapse.png.
+A run that is finished already in the folder of runs is not repeated.
 
     python -m benchmarks.collapse
+    python -m benchmarks.collapse --seed 1 --runs runs/collapse_of_seed_1
 """
 
 import json
@@ -19,21 +20,23 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.methods import Command, train
+from benchmarks.frame import Options, begin
+from benchmarks.methods import TrainingOptions, train
 from dist_contrastive import cli
 from dist_contrastive.methods.dino import DINOConfig
 from dist_contrastive.metrics import read_metrics
 from dist_contrastive.models.centering import describe_collapse
 from dist_contrastive.recipes import build_recipe
 
-PROG = "python -m benchmarks.collapse"
+QUESTION = "how does self-distillation collapse without centering, and without sharpening?"
 RECIPE = "photos_dino"
+SCORES = ("linear_top1", "init_linear_top1", "knn_top1", "init_knn_top1")
 
 
 @dataclass(frozen=True)
-class CollapseBenchmark:
-    out: Path = Path("runs/collapse")
-    """Runs go to OUT/VARIANT."""
+class Command(Options):
+    runs: Path = Path("runs/collapse")
+    """Runs go to RUNS/VARIANT."""
     seed: int = 0
     """Of all runs."""
     options: str = "--launch.device cpu"
@@ -57,13 +60,13 @@ def variants(method: DINOConfig) -> dict[str, str]:
 def table(results: Sequence[dict[str, Any]], num_prototypes: int) -> str:
     """Markdown: a row a variant."""
     lines = [
-        f"K = {num_prototypes:,}, ln K = {math.log(num_prototypes):.3f}; entropies are means of the last 10 steps.",
+        f"K = {num_prototypes:,}, ln K = {math.log(num_prototypes):.3f}; entropies are means of the last 10 steps; all measured.",
         "",
         "| centering, sharpening | entropy of targets | of their mean | linear | untrained | kNN | untrained | what is said |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in results:
-        scores = (row[name] for name in ("linear_top1", "init_linear_top1", "knn_top1", "init_knn_top1"))
+        scores = (row[name] for name in SCORES)
         lines.append(
             f"| {row['variant']} | {row['entropy']:.3f} | {row['entropy_of_mean']:.3f} | "
             f"{' | '.join(f'{score:.3f}' for score in scores)} | {row['alarm'].partition(' (')[0] or 'nothing'} |"
@@ -87,11 +90,11 @@ def draw(results: Sequence[dict[str, Any]], num_prototypes: int) -> Figure:
     return figure
 
 
-def measure(variant: str, options: str, command: CollapseBenchmark, num_prototypes: int) -> dict[str, Any]:
+def measure(variant: str, options: str, command: Command, num_prototypes: int) -> dict[str, Any]:
     """Scores, entropies and what the alarm says of them, of one run, trained now unless it is there."""
-    folder = command.out / variant.replace(" ", "_")
-    launch = Command(options=f"{command.options} {options}", ranks=2)
-    train(folder, RECIPE, command.seed, launch, sorted(os.sched_getaffinity(0)))
+    folder = command.runs / variant.replace(" ", "_")
+    training = TrainingOptions(options=f"{command.options} {options}", ranks=2)
+    train(folder, RECIPE, command.seed, training, sorted(os.sched_getaffinity(0)))
     probe = json.loads((folder / "probe.json").read_text())
     steps = [line for line in read_metrics(folder / "metrics.jsonl") if "target_entropy" in line]
     entropies = [line["target_entropy"] for line in steps]
@@ -100,7 +103,7 @@ def measure(variant: str, options: str, command: CollapseBenchmark, num_prototyp
     return {
         "variant": variant,
         "options": options,
-        **{name: probe[name] for name in ("linear_top1", "init_linear_top1", "knn_top1", "init_knn_top1")},
+        **{name: probe[name] for name in SCORES},
         "steps": [line["step"] for line in steps],
         "target_entropies": entropies,
         "mean_target_entropies": of_means,
@@ -111,18 +114,21 @@ def measure(variant: str, options: str, command: CollapseBenchmark, num_prototyp
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = cli.parse(CollapseBenchmark, argv, prog=PROG, about=__doc__)
+    command, record = begin(Command, "collapse", argv, __doc__, question=QUESTION)
     method = build_recipe(RECIPE).method
     assert isinstance(method, DINOConfig)
-    command.out.mkdir(parents=True, exist_ok=True)
+    command.runs.mkdir(parents=True, exist_ok=True)
     results = []
     for variant, options in variants(method).items():
         results.append(measure(variant, options, command, method.prototypes))
         print(table(results[-1:], method.prototypes).splitlines()[-1], flush=True)
-    (command.out / "collapse.json").write_text(json.dumps(results, indent=1))
-    (command.out / "table.md").write_text(table(results, method.prototypes))
-    draw(results, method.prototypes).savefig(command.out / "collapse.png", dpi=120)
-    print(table(results, method.prototypes))
+        for score in SCORES:
+            record.add("last epoch", variant, score, [results[-1][score]])
+    record.details["runs"] = results
+    body = f"{table(results, method.prototypes)}\nRecipe `{RECIPE}` on two ranks.\n"
+    record.write(
+        "Self-distillation without centering or sharpening", body, {"collapse": draw(results, method.prototypes)}
+    )
 
 
 if __name__ == "__main__":

@@ -4,25 +4,23 @@ A step at the full global batch in micro-batches, beside a plain step at the mic
 holds at once, resident (each in a fresh process) and in tensors, and the time an image takes, in turns within one process.
 
     python -m benchmarks.large_batch
-    python -m benchmarks.large_batch photos --size 1024 --micro 64 --out large_batch.json
+    python -m benchmarks.large_batch photos --size 1024 --micro 64 --out records/large_batch
 """
 
-import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated
 
 import torch
 import tyro
 from accelerate import Accelerator
 
+from benchmarks.frame import Record, Turns, at_least, bars, begin, ratios, seconds, spread, take_turns
 from dist_contrastive import cli
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import BatchConfig, require
@@ -31,12 +29,15 @@ from dist_contrastive.step.memory import TensorCount, measure_peak
 from dist_contrastive.step.memory_plan import example
 from dist_contrastive.trainer import Trainer
 
-PROG = "python -m benchmarks.large_batch"
+QUESTION = "what does gradient caching cost in memory and time?"
+PLAIN, CACHED = "plain step", "cached step"
+CPU = torch.device("cpu")
 MIB = 2**20
+RESIDENT, TENSORS, EMBEDDINGS, TIME = "MiB resident", "MiB in tensors", "MiB of embeddings", "ms an image"
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Turns):
     recipes: Annotated[tuple[str, ...], tyro.conf.Positional] = ("cifar10_cpu", "photos", "photos_mocov3")
     """The recipes to measure."""
     size: int = 4096
@@ -45,8 +46,11 @@ class Command:
     """Samples of a micro-batch, and of the plain step beside it."""
     rounds: int = 3
     """How often the two are measured in turns."""
-    out: Path = Path("large_batch.json")
-    """Where the numbers go as JSON."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "size", "micro")
+        require(self.size % self.micro == 0, f"--micro {self.micro}: give a divisor of --size {self.size}")
 
 
 def trainer_and_batch(recipe: str, size: int, micro: int) -> tuple[Trainer, Batch]:
@@ -69,94 +73,87 @@ def memory(recipe: str, size: int, micro: int) -> dict[str, float]:
     def step() -> None:
         trainer.gradient.compute(batch, trainer.clock, logged=False)
 
-    resident = measure_peak(step, torch.device("cpu"))
+    resident = measure_peak(step, CPU)
     trainer.method.zero_grad(set_to_none=True)
     with TensorCount() as tensors:
         step()
     embedding = trainer.gradient.embedding_bytes(batch.part(slice(0, 2))) / 2 * size
-    return {"resident_mib": resident / MIB, "tensors_mib": tensors.peak / MIB, "embeddings_mib": embedding / MIB}
+    return {RESIDENT: resident / MIB, TENSORS: tensors.peak / MIB, EMBEDDINGS: embedding / MIB}
 
 
 def timed(recipe: str, command: Command) -> dict[str, list[float]]:
     """Milliseconds an image takes, in plain steps at the micro-batch's size and in cached steps, round by round."""
     trainer, batch = trainer_and_batch(recipe, command.size, command.micro)
-    times: dict[str, list[float]] = {"plain": [], "cached": []}
-    for _ in range(command.rounds):
-        for name, parts in (("plain", command.size // command.micro), ("cached", 1)):
-            start = time.perf_counter()
-            for number in range(parts):
-                size = command.size // parts
-                trainer.gradient.compute(
-                    batch.part(slice(number * size, (number + 1) * size)), trainer.clock, logged=False
-                )
-                trainer.method.zero_grad(set_to_none=True)
-            times[name].append(1e3 * (time.perf_counter() - start) / command.size)
-    return times
+
+    def steps(parts: int) -> None:
+        size = command.size // parts
+        for number in range(parts):
+            part = batch.part(slice(number * size, (number + 1) * size))
+            trainer.gradient.compute(part, trainer.clock, logged=False)
+            trainer.method.zero_grad(set_to_none=True)
+
+    def ms_an_image(parts: int) -> float:
+        return 1e3 * seconds(partial(steps, parts), CPU) / command.size
+
+    contenders = {PLAIN: partial(ms_an_image, command.size // command.micro), CACHED: partial(ms_an_image, 1)}
+    return take_turns(contenders, command.rounds, warmup=0)
 
 
-def compare(recipe: str, command: Command) -> dict[str, Any]:
-    """Everything about one recipe; memory as often as time."""
-    context = multiprocessing.get_context("spawn")
-    sizes = {"plain": command.micro, "cached": command.size}
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in sizes}
-    with context.Pool(1, maxtasksperchild=1) as pool:
-        for _ in range(command.rounds):
-            for name, size in sizes.items():
-                runs[name].append(pool.apply(memory, (recipe, size, command.micro)))
-    times = timed(recipe, command)
-    ratios: dict[str, list[float]] = {
-        kind: [c[kind] / (p[kind] + c["embeddings_mib"]) for c, p in zip(runs["cached"], runs["plain"], strict=True)]
-        for kind in ("resident_mib", "tensors_mib")
-    }
-    ratios["time"] = [c / p for c, p in zip(times["cached"], times["plain"], strict=True)]
-    return {
-        "recipe": recipe,
-        "size": command.size,
-        "micro": command.micro,
-        "memory": runs,
-        "ms_an_image": times,
-        "ratios": ratios,
-    }
+def compare(recipe: str, command: Command, record: Record) -> None:
+    """Everything about one recipe; memory as often as time, each in a fresh process."""
+    sizes = {PLAIN: command.micro, CACHED: command.size}
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        calls = {name: partial(pool.apply, memory, (recipe, size, command.micro)) for name, size in sizes.items()}
+        runs = take_turns(calls, command.rounds, warmup=0)
+    for name, values in timed(recipe, command).items():
+        record.add(recipe, name, TIME, values)
+        for kind in (RESIDENT, TENSORS, EMBEDDINGS):
+            record.add(recipe, name, kind, [run[kind] for run in runs[name]])
 
 
-def describe(result: dict[str, Any]) -> str:
-    def of(name: str, kind: str) -> float:
-        return statistics.median(run[kind] for run in result["memory"][name])
+def shares(record: Record, recipe: str, kind: str) -> list[float]:
+    """Memory of the cached step beside that of the plain one and the embeddings, round by round."""
+    cached, plain = (record.values(recipe, name, kind) for name in (CACHED, PLAIN))
+    embeddings = record.values(recipe, CACHED, EMBEDDINGS)
+    return ratios(cached, [p + e for p, e in zip(plain, embeddings, strict=True)])
 
-    def spread(kind: str) -> str:
-        values = result["ratios"][kind]
-        return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
-    times = {name: statistics.median(values) for name, values in result["ms_an_image"].items()}
-    return (
-        f"{result['recipe']}, medians of {len(result['ratios']['time'])} rounds\n"
-        f"  plain step at {result['micro']}: {of('plain', 'resident_mib'):.0f} MiB resident, {of('plain', 'tensors_mib'):.0f} in "
-        f"tensors, {times['plain']:.2f} ms an image\n"
-        f"  cached step at {result['size']} in micro-batches of {result['micro']}: {of('cached', 'resident_mib'):.0f} MiB "
-        f"resident, {of('cached', 'tensors_mib'):.0f} in tensors, of which embeddings {of('cached', 'embeddings_mib'):.0f}; "
-        f"{times['cached']:.2f} ms an image\n"
-        f"  cached / (plain + embeddings): {spread('resident_mib')} resident, {spread('tensors_mib')} in tensors\n"
-        f"  time an image, cached / plain: {spread('time')}"
-    )
+def table(record: Record, recipes: Sequence[str]) -> str:
+    """Markdown: a row a recipe."""
+    kinds = {RESIDENT: "resident", TENSORS: "in tensors"}
+    lines = [
+        f"| recipe, all measured | {' | '.join(f'MiB {name}: plain, cached' for name in kinds.values())} | embeddings, MiB | "
+        f"{' | '.join(f'cached ÷ (plain + embeddings), {name}' for name in kinds.values())} | time an image, cached ÷ plain |",
+        f"|{'---|' * 7}",
+    ]
+    for recipe in recipes:
+        medians = [
+            ", ".join(f"{statistics.median(record.values(recipe, name, kind)):.0f}" for name in (PLAIN, CACHED))
+            for kind in kinds
+        ]
+        cells = [
+            recipe,
+            *medians,
+            f"{statistics.median(record.values(recipe, CACHED, EMBEDDINGS)):.1f}",
+            *(spread(shares(record, recipe, kind)).format() for kind in kinds),
+            spread(ratios(*(record.values(recipe, name, TIME) for name in (CACHED, PLAIN)))).format(),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = cli.parse(Command, argv, prog=PROG, about=__doc__)
+    command, record = begin(Command, "large_batch", argv, __doc__, question=QUESTION)
     for recipe in command.recipes:
         build_recipe(recipe)  # a mistyped name is refused before the first measurement
-    require(command.size % command.micro == 0, f"--micro {command.micro}: give a divisor of --size {command.size}")
-    load_average = os.getloadavg()[0]
-    results = []
     for recipe in command.recipes:
-        results.append(compare(recipe, command))
-        print(describe(results[-1]), flush=True)
-    machine = {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
-        "load_average_1min_before": load_average,
-    }
-    command.out.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        compare(recipe, command, record)
+        print(table(record, [recipe]).splitlines()[-1], flush=True)
+    body = (
+        f"A step at {command.size} in micro-batches of {command.micro}, beside plain steps at {command.micro}; medians (min to "
+        f"max) of {command.rounds} rounds.\n\n{table(record, command.recipes)}"
+    )
+    record.write("What gradient caching costs", body, {"time": bars(record, TIME), "memory": bars(record, RESIDENT)})
 
 
 if __name__ == "__main__":

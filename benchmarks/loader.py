@@ -5,40 +5,34 @@ loader, FFCV's own `Loader` with one `RandomResizedCropRGBImageDecoder` pipeline
 `DataLoader` over PIL images (on fewer samples, being slower). Each has one epoch to warm up (compiled code, worker
 processes, the file in memory), then the three take turns, so that a noisy neighbour meets them all.
 
-    python -m benchmarks.loader --data data/cifar10.beton --out loader.json
+    python -m benchmarks.loader --data data/cifar10.beton
     python -m benchmarks.loader --data data/photos.beton --views 1 --batch 256 --pil-samples 0
 
 Multi-crop, two views of 224 pixels and eight of 96 as DINO cuts them, from JPEGs of about 300 pixels, which are cut from the
 embedded photographs and packed first:
 
     python -m benchmarks.loader --data data/photographs.beton --photographs 1000 --image-size 224 --small-views 8 --batch 64 \
-        --pil-samples 250 --out loader.json
+        --pil-samples 250
 """
 
 import io
-import json
-import os
-import platform
-import statistics
+import itertools
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numba
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, PILToTensor, RandomResizedCrop
 
-from dist_contrastive.atomic import write_atomic
+from benchmarks.frame import Record, Turns, at_least, bars, begin, comparison, seconds, take_turns
 from dist_contrastive.batch import Share
-from dist_contrastive.cli import main_guard, parse
+from dist_contrastive.cli import main_guard
 from dist_contrastive.config import AugmentConfig, DataConfig, ViewConfig, require
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import TEST, TRAIN
@@ -47,6 +41,8 @@ from dist_contrastive.data.packing import write_dataset
 from dist_contrastive.data.sources import PHOTOS, Sample, Source, read_photo
 from dist_contrastive.rendezvous import fair_cores
 
+QUESTION = "how many images a second does the loader give?"
+SAMPLES, CROPS = "samples/s", "crops/s"
 OURS, FFCV, TORCHVISION = "dist_contrastive", "FFCV", "torchvision, PIL"
 LARGE_SCALE, SMALL_SCALE = (0.4, 1.0), (0.05, 0.4)
 """Areas of the crops where there are small ones, as fractions of the image's (DINO, Caron et al. 2021)."""
@@ -55,7 +51,7 @@ PHOTOGRAPH_SIDES = (256, 344)
 
 
 @dataclass(frozen=True)
-class LoaderBenchmark:
+class Command(Turns):
     data: Path = Path("data/cifar10.beton")
     """The packed dataset; its training split is read."""
     views: int = 2
@@ -68,25 +64,19 @@ class LoaderBenchmark:
     """Side of a smaller view, in pixels."""
     batch: int = 512
     """Samples of a batch."""
-    epochs: int = 5
-    """How often each loader is timed."""
+    rounds: int = 5
+    """How often each loader is timed, an epoch each time; they take turns, and the order rotates."""
     threads: int = 0
     """Threads (of torchvision: worker processes); 0 takes one for each usable core."""
     pil_samples: int = 5000
     """How many samples torchvision's loader gets in an epoch; 0 leaves it out."""
     photographs: int = 0
     """Pack this many JPEGs of about 300 pixels into `data` first, cut from the embedded photographs."""
-    out: Path | None = None
-    """Where to write the raw numbers as JSON, and beside them the table as Markdown."""
 
     def __post_init__(self) -> None:
-        require(self.epochs >= 1, f"--epochs {self.epochs}: give at least 1")
-        require(self.batch >= 1, f"--batch {self.batch}: give at least 1")
-        require(self.photographs >= 0, f"--photographs {self.photographs}: give 0 (takes what is packed) or more")
-        require(self.pil_samples >= 0, f"--pil-samples {self.pil_samples}: give 0 (leave it out) or more")
-        require(
-            self.out is None or self.out.parent.is_dir(), f"--out {self.out}: its folder does not exist, make it first"
-        )
+        super().__post_init__()
+        at_least(self, 1, "batch", "views", "image_size", "small_size")
+        at_least(self, 0, "photographs", "pil_samples", "small_views")
         most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
         require(0 <= self.threads <= most, f"--threads {self.threads}: give 0 (automatic) to {most}, FFCV's limit here")
 
@@ -144,7 +134,7 @@ class PilDataset(torch.utils.data.Dataset[tuple[list[torch.Tensor], int]]):
         return views, int(d.labels[sample])
 
 
-def our_epochs(config: LoaderBenchmark, dataset: Dataset, threads: int) -> Callable[[int], int]:
+def our_epochs(config: Command, dataset: Dataset, threads: int) -> Callable[[int], int]:
     """A function that runs epoch k and returns how many samples it gave."""
     data, augment = DataConfig(image_size=config.image_size), AugmentConfig(config.groups())
     loader = Loader(dataset, data, augment, seed=0, share=Share(config.batch), threads=threads)
@@ -155,7 +145,7 @@ def our_epochs(config: LoaderBenchmark, dataset: Dataset, threads: int) -> Calla
     return run
 
 
-def ffcv_epochs(config: LoaderBenchmark, dataset: Dataset, threads: int) -> Callable[[int], int]:
+def ffcv_epochs(config: Command, dataset: Dataset, threads: int) -> Callable[[int], int]:
     """The same by FFCV: one pipeline for each view, random order, the file mapped."""
     # Not at the top: where FFCV is missing, opening the dataset has said so in one line.
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
@@ -179,7 +169,7 @@ def ffcv_epochs(config: LoaderBenchmark, dataset: Dataset, threads: int) -> Call
     return run
 
 
-def torchvision_epochs(config: LoaderBenchmark, dataset: Dataset, threads: int) -> Callable[[int], int]:
+def torchvision_epochs(config: Command, dataset: Dataset, threads: int) -> Callable[[int], int]:
     """The same by torchvision's DataLoader over PIL images, on `pil_samples` of the samples."""
     samples = dataset.indices(TRAIN)[: config.pil_samples]
     loader = DataLoader(
@@ -193,87 +183,47 @@ def torchvision_epochs(config: LoaderBenchmark, dataset: Dataset, threads: int) 
     return run
 
 
-def measure(config: LoaderBenchmark, dataset: Dataset, threads: int) -> dict[str, list[float]]:
-    """Samples/s of each loader, a number for each repeat."""
+def measure(config: Command, dataset: Dataset, threads: int, record: Record) -> None:
+    """Samples/s and crops/s of each loader."""
     contenders = {OURS: our_epochs(config, dataset, threads), FFCV: ffcv_epochs(config, dataset, threads)}
     if config.pil_samples > 0:
         contenders[TORCHVISION] = torchvision_epochs(config, dataset, threads)
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for epoch in range(config.epochs + 1):
-        for name, run in contenders.items():
-            begin = time.perf_counter()
-            num_samples = run(epoch)
-            if epoch > 0:  # the first one warms up
-                rates[name].append(num_samples / (time.perf_counter() - begin))
-    return rates
+    numbers = itertools.count()
 
+    def rate(run: Callable[[int], int]) -> float:
+        given: list[int] = []
+        took = seconds(lambda: given.append(run(next(numbers))), torch.device("cpu"))
+        return given[0] / took
 
-def hardware() -> dict[str, Any]:
-    """What the numbers were measured on; the load average tells whether the machine was idle."""
-    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    models = [line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "usable_cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_average_1min": os.getloadavg()[0],
-    }
-
-
-def table(config: LoaderBenchmark, threads: int, rates: dict[str, list[float]]) -> str:
-    """Markdown: what was read, and a row a loader."""
-    views = " and ".join(f"{group.count} views of {group.size} pixels" for group in config.groups())
-    lines = [
-        f"{views}, batch {config.batch}, {threads} threads:",
-        "",
-        f"| loader | samples/s, median of {config.epochs} (min to max) | crops/s | ratio |",
-        "|---|---|---|---|",
-    ]
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+    rates = take_turns({name: partial(rate, run) for name, run in contenders.items()}, config.rounds)
+    views = " and ".join(f"{group.count} views of {group.size} px" for group in config.groups())
     for name, values in rates.items():
-        spread = f"{medians[name]:,.0f} ({min(values):,.0f} to {max(values):,.0f})"
-        crops = f"{config.num_crops() * medians[name]:,.0f}"
-        lines.append(f"| {name} | {spread} | {crops} | {medians[name] / medians[OURS]:.3g} |")
-    return "\n".join(lines) + "\n"
+        record.add(views, name, SAMPLES, values)
+        record.add(views, name, CROPS, [config.num_crops() * value for value in values])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse(LoaderBenchmark, argv, prog="python -m benchmarks.loader", about=__doc__)
-    machine = hardware()  # before this program makes a load of its own
+    config, record = begin(
+        Command, "loader", argv, __doc__, question=QUESTION, packages=("torchvision", "ffcv", "numba", "pillow")
+    )
     if config.photographs > 0:
         write_dataset(photographs(config.photographs), config.data)
     dataset = open_dataset(config.data)
-    num_train = dataset.manifest.num_train
-    require(config.batch <= num_train, f"--batch {config.batch} is more than the {num_train} training samples")
+    manifest = dataset.manifest
+    require(
+        config.batch <= manifest.num_train,
+        f"--batch {config.batch} is more than the {manifest.num_train} training samples",
+    )
     threads = config.threads or fair_cores()
-    rates = measure(config, dataset, threads)
-    print(table(config, threads, rates))
-    if config.out is not None:
-        record = {
-            "question": "how many images a second does the loader give?",
-            "dataset": {
-                "name": config.data.name, "sha256": dataset.manifest.sha256, "num_train": num_train,
-                "num_jpeg": dataset.manifest.num_jpeg, "largest": [
-                    dataset.manifest.largest_height, dataset.manifest.largest_width,
-                ],
-                "mean_pixels": float(np.mean(dataset.heights.astype(np.int64) * dataset.widths)),
-                "mean_bytes": float(np.mean(dataset.sizes)),
-            },
-            "views": [
-                {"count": group.count, "size": group.size, "crop_scale": group.crop_scale} for group in config.groups()
-            ],
-            "batch": config.batch, "threads": threads,
-            "pil_samples": config.pil_samples,
-            "samples_per_s": rates,
-            "hardware": machine,
-            "versions": {"python": platform.python_version()} | {
-                name: version(name) for name in ("torch", "torchvision", "ffcv", "numba", "numpy", "pillow")
-            },
-        }  # fmt: skip
-        write_atomic(config.out, (json.dumps(record, indent=2) + "\n").encode())
-        page = config.out.with_suffix(".md")
-        write_atomic(page, table(config, threads, rates).encode())
-        print(f"written: {config.out}, {page}")
+    measure(config, dataset, threads, record)
+    record.details["dataset"] = {
+        "name": config.data.name, "sha256": manifest.sha256, "num_train": manifest.num_train, "num_jpeg": manifest.num_jpeg,
+        "largest": [manifest.largest_height, manifest.largest_width],
+        "mean_pixels": float(np.mean(dataset.heights.astype(np.int64) * dataset.widths)),
+        "mean_bytes": float(np.mean(dataset.sizes)),
+    }  # fmt: skip
+    body = f"Batch {config.batch}, {threads} threads.\n\n{comparison(record, (SAMPLES, CROPS), OURS)}"
+    record.write("The loader beside others", body, {"samples": bars(record, SAMPLES)})
 
 
 if __name__ == "__main__":

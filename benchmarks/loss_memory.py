@@ -6,46 +6,40 @@ what the process takes once everything is imported. Beside them the same loss in
 a smaller batch; at the large one its tensors are counted without being made, as its memory may not be there.
 
     python -m benchmarks.loss_memory
-    python -m benchmarks.loss_memory --size 8192 --dense-size 2048 --rounds 3 --out loss_memory
+    python -m benchmarks.loss_memory --size 8192 --dense-size 2048 --rounds 3 --out records/loss_memory
 """
 
-import json
 import multiprocessing
 import os
-import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.loader import hardware
-from dist_contrastive.atomic import write_atomic
+from benchmarks.frame import Kind, Record, Turns, at_least, bars, begin, comparison, take_turns
 from dist_contrastive.batch import Samples
-from dist_contrastive.cli import main_guard, parse
-from dist_contrastive.config import EncoderConfig, HeadConfig, TextConfig, require
+from dist_contrastive.cli import main_guard
+from dist_contrastive.config import EncoderConfig, HeadConfig, TextConfig
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.base import MethodSettings
 from dist_contrastive.models.encoders import build_encoder
 from dist_contrastive.step.memory import TensorCount, measure_peak
 
-ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "what do CLIP's and SigLIP's losses hold at a large global batch?"
 BLOCKS, DENSE, COUNTED = "in blocks", "whole matrix", "whole matrix, counted"
 """How a loss is computed: as this package does; in plain torch; the same on tensors without values."""
 NAMES = {"clip": "CLIP", "siglip": "SigLIP"}
 GB = 1e9
+TENSORS, RESIDENT, SECONDS = "GB of tensors at once", "GB resident beyond the imports", "s"
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Turns):
     size: int = 32768
     """Global batch: pairs of an image and a text."""
     dimension: int = 512
@@ -53,16 +47,12 @@ class Command:
     dense_size: int = 4096
     """Global batch at which the whole matrix is measured."""
     rounds: int = 1
-    """How often each case is measured."""
-    out: Path | None = None
-    """Folder of the record; without one, its place among the records, under today's date."""
+    """How often each case is measured, each time in a process of its own."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "dense_size"):
-            value = getattr(self, name)
-            require(value >= 2, f"--{name.replace('_', '-')} {value}: give at least 2")
-        require(self.dimension >= 1, f"--dimension {self.dimension}: give at least 1")
-        require(self.rounds >= 1, f"--rounds {self.rounds}: give at least 1")
+        super().__post_init__()
+        at_least(self, 2, "size", "dense_size")
+        at_least(self, 1, "dimension")
 
 
 def loss_in_blocks(name: str, size: int, dimension: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -109,78 +99,44 @@ def measure(name: str, how: str, size: int, dimension: int) -> dict[str, float]:
             assert texts.grad is not None
             counts.append(tensors.peak)
 
-    begin = time.perf_counter()
+    start = time.perf_counter()
     if how == COUNTED:
         run()
-        return {"tensors_gb": counts[0] / GB}
+        return {TENSORS: counts[0] / GB}
     resident = measure_peak(run, device)
-    return {"tensors_gb": counts[0] / GB, "resident_gb": resident / GB, "seconds": time.perf_counter() - begin}
+    return {TENSORS: counts[0] / GB, RESIDENT: resident / GB, SECONDS: time.perf_counter() - start}
 
 
-def measure_all(command: Command) -> list[dict[str, Any]]:
+def measure_all(command: Command, record: Record) -> None:
     """Each case in processes of its own, one after the other."""
     sizes = ((BLOCKS, command.size), (BLOCKS, command.dense_size), (DENSE, command.dense_size), (COUNTED, command.size))
     cases = [(name, how, size) for name in NAMES for how, size in sizes]
-    runs: dict[tuple[str, str, int], list[dict[str, float]]] = {case: [] for case in cases}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for _ in range(command.rounds):
-            for case in runs:
-                runs[case].append(pool.apply(measure, (*case, command.dimension)))
-                print(*case, runs[case][-1], flush=True)
-    return [{"loss": name, "how": how, "size": size, "runs": found} for (name, how, size), found in runs.items()]
-
-
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a row a case."""
-    lines = [
-        "| loss | how | pairs | GB of tensors at once | GB resident beyond the imports | s |",
-        "|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        cells = []
-        for key, form in (("tensors_gb", ".3f"), ("resident_gb", ".3f"), ("seconds", ".1f")):
-            values = [run[key] for run in result["runs"] if key in run]
-            middle = f"{statistics.median(values):{form}}" if values else "not run"
-            spread = f" ({min(values):{form}} to {max(values):{form}})" if len(set(values)) > 1 else ""
-            cells.append(middle + spread)
-        lines.append(f"| {NAMES[result['loss']]} | {result['how']} | {result['size']:,} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def page(record: dict[str, Any]) -> str:
-    settings, machine = record["settings"], record["hardware"]
-    return (
-        "# What the losses over pairs of images and texts hold\n\n"
-        f"`python -m benchmarks.loss_memory`: value and gradient at one rank, {machine['usable_cores']} cores, "
-        f"{settings['dimension']} dimensions, float32; each case in {settings['rounds']} process(es) of its own "
-        f"(medians); load average before: {machine['load_average_1min']:.1f}.\n\n"
-        f"{table(record['results'])}\n"
-        f"Tensors: all that live at once, the two embeddings and their gradients ({settings['inputs_gb']:.3f} GB at the large "
-        "batch) included. Resident: the process's peak beyond what it takes with everything imported and before the embeddings "
-        "are made, so that libraries' own work space is in it. Whole matrix: the papers' pseudocode in plain torch. Counted: its "
-        "tensors at the large batch, on a device without memory. Seconds include making the embeddings and counting.\n\n"
-        "Raw numbers: `loss_memory.json`.\n"
-    )
+        calls = {
+            f"{NAMES[name]}, {size:,} pairs/{how}": partial(pool.apply, measure, (name, how, size, command.dimension))
+            for name, how, size in cases
+        }
+        for key, runs in take_turns(calls, command.rounds, warmup=0).items():
+            case, _, how = key.partition("/")
+            kind: Kind = "simulated" if how == COUNTED else "measured"
+            for metric in runs[0]:
+                record.add(case, how, metric, [run[metric] for run in runs], kind)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = parse(Command, argv, prog="python -m benchmarks.loss_memory", about=__doc__)
-    machine = hardware()  # before this program makes a load of its own
-    out = command.out or ROOT / "benchmarks" / "records" / f"{date.today()}_{machine['usable_cores']}cpu_loss_memory"
-    record: dict[str, Any] = {
-        "question": QUESTION,
-        "settings": {
-            "size": command.size, "dimension": command.dimension, "dense_size": command.dense_size,
-            "rounds": command.rounds, "inputs_gb": 4 * command.size * command.dimension * 4 / GB,
-        },
-        "results": measure_all(command),
-        "hardware": machine,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "loss_memory.json", (json.dumps(record, indent=1) + "\n").encode())
-    write_atomic(out / "README.md", page(record).encode())
-    print(f"\n{table(record['results'])}\nwritten: {out}")
+    command, record = begin(Command, "loss_memory", argv, __doc__, question=QUESTION)
+    measure_all(command, record)
+    inputs_gb = 4 * command.size * command.dimension * 4 / GB
+    body = (
+        f"{command.dimension} dimensions, float32, one rank.\n\n"
+        f"{comparison(record, (TENSORS, RESIDENT, SECONDS), DENSE)}\n"
+        f"Tensors: all that live at once, the two embeddings and their gradients ({inputs_gb:.3f} GB at the large "
+        "batch) included. Resident: the process's peak beyond what it takes with everything imported and before the embeddings "
+        "are made, so that libraries' own work space is in it. Whole matrix: the papers' pseudocode in plain torch. Counted: its "
+        "tensors at the large batch, on a device without memory. Seconds include making the embeddings and counting.\n"
+    )
+    figure = bars(record, TENSORS)
+    record.write("What the losses over pairs of images and texts hold", body, {"memory": figure})
 
 
 if __name__ == "__main__":

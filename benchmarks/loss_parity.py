@@ -5,39 +5,35 @@ process: ours, the peer's, and the peer's in float64, which tells whose rounding
 largest over all numbers and seeds, relative to the largest number of the float64 result. Beside them, two inputs that are not
 random: equal rows for KoLeo, a low temperature for Sinkhorn-Knopp.
 
-The peers are no part of this project's dependencies: `pip install lightly open_clip_torch`.
+The peers are no part of this project's dependencies: `pip install '.[bench]'`. Losses of a missing one are left out.
 
     python -m benchmarks.loss_parity
-    python -m benchmarks.loss_parity --samples 16 --prototypes 512 --seeds 1 --out loss_parity
+    python -m benchmarks.loss_parity --samples 16 --prototypes 512 --seeds 1 --out records/loss_parity
 """
 
-import json
 import math
-import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import date
+from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.loader import hardware
-from dist_contrastive.atomic import write_atomic
-from dist_contrastive.cli import main_guard, parse
-from dist_contrastive.config import UserError, require
+from benchmarks.frame import Options, at_least, bars, begin
+from dist_contrastive.cli import main_guard
+from dist_contrastive.config import require
 from dist_contrastive.losses.infonce import indexed_nce
 from dist_contrastive.losses.koleo import koleo
 from dist_contrastive.losses.prototypes import other_views, prototype_cross_entropy, sinkhorn_bias
 from dist_contrastive.losses.sigmoid import sigmoid_loss
 
-ROOT = Path(__file__).resolve().parent.parent
+QUESTION = "do the losses give the values and gradients of lightly's and open_clip's?"
+PEERS = {"lightly": "lightly", "open_clip_torch": "open_clip"}
+"""The module of each package."""
+LARGEST = "largest difference"
 TEMPERATURE, TARGET_TEMPERATURE = 0.1, 0.04  # DINO's student's and teacher's
 VIEWS, GLOBAL_VIEWS = 6, 2
 SIDE = 14  # patches of an image
@@ -51,7 +47,7 @@ Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class ParityBenchmark:
+class Command(Options):
     samples: int = 64
     """Samples (iBOT: images)."""
     prototypes: int = 4096
@@ -60,20 +56,21 @@ class ParityBenchmark:
     """Dimensions of embeddings."""
     seeds: int = 3
     """How many random inputs of each kind."""
-    out: Path | None = None
-    """Where to write the record; a folder of today in benchmarks/records if none is given."""
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 4), ("prototypes", 2), ("size", 2), ("seeds", 1)):
-            require(getattr(self, name) >= least, f"--{name} {getattr(self, name)}: give at least {least}")
+        at_least(self, 4, "samples")
+        at_least(self, 2, "prototypes", "size")
+        at_least(self, 1, "seeds")
 
 
 @dataclass(frozen=True)
 class Comparison:
     """One loss, written twice."""
 
+    package: str
+    """The peer's."""
     peer: str
-    inputs: Callable[[ParityBenchmark, torch.Generator], Inputs]
+    inputs: Callable[[Command, torch.Generator], Inputs]
     learnt: tuple[str, ...]
     """Inputs whose gradients are compared."""
     ours: Callable[[Inputs], Tensor]
@@ -84,7 +81,7 @@ def unit(generator: torch.Generator, *shape: int) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
 
 
-def prototype_inputs(config: ParityBenchmark, generator: torch.Generator) -> Inputs:
+def prototype_inputs(config: Command, generator: torch.Generator) -> Inputs:
     """Of a student and its teacher, whose logits have a center."""
     return {
         "student": unit(generator, VIEWS, config.samples, config.size),
@@ -95,7 +92,7 @@ def prototype_inputs(config: ParityBenchmark, generator: torch.Generator) -> Inp
     }
 
 
-def patch_inputs(config: ParityBenchmark, generator: torch.Generator) -> Inputs:
+def patch_inputs(config: Command, generator: torch.Generator) -> Inputs:
     """The masked patches of images; images have different numbers of them, the first has none."""
     inputs = prototype_inputs(config, generator)
     share = torch.linspace(0, 0.3, config.samples)[:, None, None]
@@ -105,7 +102,7 @@ def patch_inputs(config: ParityBenchmark, generator: torch.Generator) -> Inputs:
     return inputs | embeddings | {"mask": mask}
 
 
-def pair_inputs(config: ParityBenchmark, generator: torch.Generator, *, log_scale: float, bias: float) -> Inputs:
+def pair_inputs(config: Command, generator: torch.Generator, *, log_scale: float, bias: float) -> Inputs:
     """Images and texts, half of whose direction they share."""
     shared = unit(generator, config.samples, config.size)
     images, texts = (
@@ -162,7 +159,7 @@ def their_ibot(x: Inputs) -> Tensor:
     return value
 
 
-def koleo_inputs(config: ParityBenchmark, generator: torch.Generator) -> Inputs:
+def koleo_inputs(config: Command, generator: torch.Generator) -> Inputs:
     return {"rows": torch.randn(config.samples, config.size, generator=generator)}
 
 
@@ -223,15 +220,15 @@ def their_siglip(x: Inputs) -> Tensor:
 CLIP = partial(pair_inputs, log_scale=math.log(1 / 0.07), bias=0.0)
 SIGLIP = partial(pair_inputs, log_scale=math.log(10), bias=-10.0)
 COMPARISONS = {
-    "DINO": Comparison("lightly `DINOLoss`", prototype_inputs, ("student", "prototypes"), our_dino, their_dino),
+    "DINO": Comparison("lightly", "`DINOLoss`", prototype_inputs, ("student", "prototypes"), our_dino, their_dino),
     "iBOT, patches": Comparison(
-        "lightly `IBOTPatchLoss`", patch_inputs, ("student", "prototypes"), our_ibot, their_ibot
+        "lightly", "`IBOTPatchLoss`", patch_inputs, ("student", "prototypes"), our_ibot, their_ibot
     ),
-    "KoLeo": Comparison("lightly `KoLeoLoss`", koleo_inputs, ("rows",), our_koleo, their_koleo),
-    "Sinkhorn-Knopp": Comparison("lightly `sinkhorn`", prototype_inputs, (), our_sinkhorn, their_sinkhorn),
-    "CLIP": Comparison("open_clip `ClipLoss`", CLIP, ("images", "texts", "log_scale"), our_clip, their_clip),
+    "KoLeo": Comparison("lightly", "`KoLeoLoss`", koleo_inputs, ("rows",), our_koleo, their_koleo),
+    "Sinkhorn-Knopp": Comparison("lightly", "`sinkhorn`", prototype_inputs, (), our_sinkhorn, their_sinkhorn),
+    "CLIP": Comparison("open_clip_torch", "`ClipLoss`", CLIP, ("images", "texts", "log_scale"), our_clip, their_clip),
     "SigLIP": Comparison(
-        "open_clip `SigLipLoss`", SIGLIP, ("images", "texts", "log_scale", "bias"), our_siglip, their_siglip
+        "open_clip_torch", "`SigLipLoss`", SIGLIP, ("images", "texts", "log_scale", "bias"), our_siglip, their_siglip
     ),
 }
 
@@ -251,7 +248,7 @@ def difference(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact.double()).abs().max() / exact.double().abs().max())
 
 
-def compare(comparison: Comparison, config: ParityBenchmark) -> dict[str, Any]:
+def compare(comparison: Comparison, config: Command) -> dict[str, Any]:
     """For ours and theirs in float32: the largest differences over all seeds, of the value and of each gradient."""
     largest: dict[str, dict[str, float]] = {"ours_theirs": {}, "ours_exact": {}, "theirs_exact": {}}
     for seed in range(config.seeds):
@@ -271,10 +268,10 @@ def compare(comparison: Comparison, config: ParityBenchmark) -> dict[str, Any]:
         ):
             for name in ours:
                 largest[kind][name] = max(largest[kind].get(name, 0.0), difference(one[name], other[name]))
-    return {"peer": comparison.peer, **largest}
+    return {"peer": f"{comparison.package} {comparison.peer}", **largest}
 
 
-def at_the_edges(config: ParityBenchmark) -> dict[str, dict[str, float]]:
+def at_the_edges(config: Command, *, with_peer: bool) -> dict[str, dict[str, float]]:
     """Three equal rows in KoLeo: the largest gradient. A low temperature in Sinkhorn-Knopp: which part of numbers is finite."""
     generator = torch.Generator().manual_seed(0)
     rows = koleo_inputs(config, generator)["rows"]
@@ -283,7 +280,8 @@ def at_the_edges(config: ParityBenchmark) -> dict[str, dict[str, float]]:
     targets = prototype_inputs(config, generator)
     targets["target_prototypes"][0] = targets["targets"][0, 0]
     result: dict[str, dict[str, float]] = {"equal_rows_gradient": {}, "low_temperature_finite": {}}
-    for name, koleo_, sinkhorn_ in (("ours", our_koleo, our_sinkhorn), ("theirs", their_koleo, their_sinkhorn)):
+    both = (("ours", our_koleo, our_sinkhorn), ("lightly", their_koleo, their_sinkhorn))
+    for name, koleo_, sinkhorn_ in both if with_peer else both[:1]:
         gradient = result_of(koleo_, {"rows": rows}, ("rows",), torch.float32)["rows"]
         result["equal_rows_gradient"][name] = float(gradient[:3].abs().max())
         assignments = sinkhorn_(targets, epsilon=LOW_EPSILON)
@@ -291,13 +289,13 @@ def at_the_edges(config: ParityBenchmark) -> dict[str, dict[str, float]]:
     return result
 
 
-def table(record: dict[str, Any]) -> str:
+def table(losses: dict[str, dict[str, Any]]) -> str:
     """Markdown: a row a loss."""
     lines = [
-        "| loss | peer | value | gradients | ours from float64 | the peer from float64 |",
+        "| loss, all measured | peer | value | gradients | ours from float64 | the peer from float64 |",
         "|---|---|---|---|---|---|",
     ]
-    for name, result in record["losses"].items():
+    for name, result in losses.items():
         gradients = [x for key, x in result["ours_theirs"].items() if key != "value"]
         cells = [
             name,
@@ -310,30 +308,27 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(record: dict[str, Any]) -> str:
-    settings, versions, edges = record["settings"], record["versions"], record["edges"]
-    gradient, finite = edges["equal_rows_gradient"], edges["low_temperature_finite"]
+def body(command: Command, details: dict[str, Any]) -> str:
+    gradient, finite = (details["edges"][name] for name in ("equal_rows_gradient", "low_temperature_finite"))
+    of_equal_rows = ", ".join(f"{value:.1e} ({who})" for who, value in gradient.items())
+    are_finite = ", ".join(f"{share:.0%} ({who})" for who, share in finite.items())
     return (
-        "# Losses beside lightly's and open_clip's\n\n"
-        f"`python -m benchmarks.loss_parity` with lightly {versions['lightly']}, open_clip {versions['open_clip_torch']} and "
-        f"torch {versions['torch']} on the CPU; {settings['samples']} samples (iBOT: images of {SIDE} × {SIDE} patches), "
-        f"{settings['size']} dimensions, {settings['prototypes']} prototypes, {settings['seeds']} seeds, one process.\n\n"
-        f"{table(record)}\n"
+        f"On the CPU: {command.samples} samples (iBOT: images of {SIDE} × {SIDE} patches), {command.size} dimensions, "
+        f"{command.prototypes} prototypes, {command.seeds} seeds, one process.\n\n{table(details['losses'])}\n"
         "Each number is the largest difference over all numbers and seeds, relative to the largest number of the result: ours "
         "from the peer's, both in float32; then each from the peer's own code in float64, value and gradients together, which "
-        "tells whose rounding a difference is. Raw numbers: `loss_parity.json`.\n\n"
-        "Where a peer is not its paper, or not ours:\n\n"
+        "tells whose rounding a difference is.\n\nWhere a peer is not its paper, or not ours:\n\n"
         "- DINO: equation 3 is a sum over pairs of views; lightly, the authors' code and ours take the mean. lightly moves the "
         "center within the loss; ours gets it as an input.\n"
         "- iBOT: lightly, DINOv2's code and ours average over an image's masked patches, then over images; an image without "
         "masked patches counts as 0.\n"
         "- KoLeo: the paper has no ε. lightly, DINOv2's code and ours add 1e-8 to the distance; the first two add it to each "
         "coordinate of the neighbours' difference, too, which gives equal rows a direction, the same for all. With three equal "
-        f"rows among the {settings['samples']} the largest gradient is {gradient['theirs']:.1e}, ours {gradient['ours']:.1e}. "
+        f"rows among the {command.samples} the largest gradient is {of_equal_rows}. "
         "lightly looks for neighbours on its own rank, ours on all ranks.\n"
         "- Sinkhorn-Knopp: SwAV's code and lightly's take exp(logit / ε) itself, ours logarithms. With ε = "
-        f"{LOW_EPSILON} and a target that is a prototype, {finite['theirs']:.0%} of lightly's assignments are finite, of ours "
-        f"{finite['ours']:.0%}. lightly takes this rank's samples unless `gather_distributed` is set; ours takes all ranks'.\n"
+        f"{LOW_EPSILON} and a target that is a prototype, of the assignments are finite: {are_finite}. lightly takes this rank's "
+        "samples unless `gather_distributed` is set; ours takes all ranks'.\n"
         "- CLIP: by open_clip's default on several ranks (`local_loss` and `gather_with_grad` off) a gradient comes through a "
         "rank's own rows alone, so that DDP's average is that of the whole batch divided by the number of ranks; ours is that of "
         "the whole batch at any number. In one process, as here, they are the same.\n"
@@ -342,33 +337,17 @@ def page(record: dict[str, Any]) -> str:
     )
 
 
-def versions_of_peers() -> dict[str, str]:
-    """`UserError` where one is missing."""
-    try:
-        for module in ("lightly.loss", "open_clip.loss"):
-            import_module(module)
-    except ImportError as error:
-        raise UserError(f"the peers are not installed: pip install lightly open_clip_torch ({error})") from None
-    return {name: version(name) for name in ("lightly", "open_clip_torch")}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse(ParityBenchmark, argv, prog="python -m benchmarks.loss_parity", about=__doc__)
-    machine = hardware()  # before this program makes a load of its own
-    peers = versions_of_peers()
-    out = config.out or ROOT / "benchmarks" / "records" / f"{date.today()}_{machine['usable_cores']}cpu_loss_parity"
-    record: dict[str, Any] = {
-        "question": "do the losses give the values and gradients of lightly's and open_clip's?",
-        "settings": {name: x for name, x in asdict(config).items() if name != "out"},
-        "losses": {name: compare(comparison, config) for name, comparison in COMPARISONS.items()},
-        "edges": at_the_edges(config),
-        "hardware": machine,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, **peers},
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "loss_parity.json", (json.dumps(record, indent=1) + "\n").encode())
-    write_atomic(out / "README.md", page(record).encode())
-    print(f"{table(record)}\nwritten: {out}")
+    command, record = begin(Command, "loss_parity", argv, __doc__, question=QUESTION)
+    present = [package for package, module in PEERS.items() if record.has_peer(package, module)]
+    require(bool(present), "the peers are not installed: pip install '.[bench]'")
+    losses = {name: compare(one, command) for name, one in COMPARISONS.items() if one.package in present}
+    record.details = {"losses": losses, "edges": at_the_edges(command, with_peer="lightly" in present)}
+    for name, found in losses.items():
+        for kind in ("ours_exact", "theirs_exact"):
+            record.add(name, kind.replace("_", " from "), LARGEST, [max(found[kind].values())])
+    title = "Losses beside lightly's and open_clip's"
+    record.write(title, body(command, record.details), {"differences": bars(record, LARGEST)})
 
 
 if __name__ == "__main__":

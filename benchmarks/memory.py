@@ -5,21 +5,20 @@ each micro-batch what a step is predicted to take. Nothing is measured: convolut
 not in it, which is why the plan fills no more than nine tenths.
 
     python -m benchmarks.memory cifar10_simclr_4096_t4 cifar10_moco_t4
-    python -m benchmarks.memory imagenet_simclr_4096 --memory-gib 80 --ranks 8 --out memory.json
+    python -m benchmarks.memory imagenet_simclr_4096 --memory-gib 80 --ranks 8 --out records/memory
 """
 
-import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from accelerate import Accelerator
 
+from benchmarks.frame import Options, at_least, begin, curves
 from dist_contrastive import cli
 from dist_contrastive.batch import Share
 from dist_contrastive.recipes import build_recipe
@@ -27,14 +26,15 @@ from dist_contrastive.step.memory import USABLE
 from dist_contrastive.step.memory_plan import predict
 from dist_contrastive.trainer import Trainer
 
-PROG = "python -m benchmarks.memory"
+QUESTION = "what would the memory plan choose on another machine?"
+PEAK = "GiB at the worst moment of a step"
 GIB = 2**30
 CONTEXT_GIB = 0.5
 """What CUDA itself takes on a GPU before the first tensor (about; it differs from driver to driver)."""
 
 
 @dataclass(frozen=True)
-class Command:
+class Command(Options):
     recipes: Annotated[tuple[str, ...], tyro.conf.Positional]
     """The recipes to plan for."""
     memory_gib: float = 16.0
@@ -45,8 +45,9 @@ class Command:
     """How many ranks share the global batch."""
     micros: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
     """Sizes of micro-batches, in samples of a rank, to predict for."""
-    out: Path | None = None
-    """Where the numbers go as JSON."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "ranks", "micros", "memory_gib")
 
 
 def plan(name: str, command: Command) -> dict[str, Any]:
@@ -74,21 +75,42 @@ def plan(name: str, command: Command) -> dict[str, Any]:
     }
 
 
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a row for each recipe and micro-batch."""
+    lines = ["| recipe, all simulated | samples a rank | held, GiB | micro-batch | GiB a step | |", f"|{'---|' * 6}"]
+    for result in results:
+        for micro, peak in result["peaks_gib"].items():
+            fits = "fits" if peak <= result["usable_gib"] else f"more than the {result['usable_gib']:.2f} usable"
+            held = f"{result['held_gib']:.2f}"
+            lines.append(f"| {result['recipe']} | {result['rank_batch']} | {held} | {micro} | {peak:.2f} | {fits} |")
+    return "\n".join(lines) + "\n"
+
+
+def describe(result: dict[str, Any]) -> str:
+    """What the plan makes of a recipe."""
+    chosen = (
+        f"micro-batches of {result['micro']}, predicted {result['peak_gib']:.2f} GiB"
+        if result["micro"]
+        else "none: nothing fits"
+    )
+    return f"- `{result['recipe']}`: the plan takes {chosen}; {result['usable_gib']:.2f} GiB are usable\n"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    command = cli.parse(Command, argv, prog=PROG, about=__doc__)
+    command, record = begin(Command, "memory", argv, __doc__, question=QUESTION, packages=("timm",))
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     results = [plan(name, command) for name in command.recipes]
+    record.details["plans"] = results
     for result in results:
-        print(
-            f"{result['recipe']}, {result['rank_batch']} samples a rank, {command.precision}, {command.memory_gib:g} GB: weights "
-            f"and buffers {result['held_gib']:.2f} GiB; the plan takes micro-batches of {result['micro']}, predicted "
-            f"{result['peak_gib']:.2f} GiB a step of {result['usable_gib']:.2f} usable"
-        )
         for micro, peak in result["peaks_gib"].items():
-            print(f"  micro-batch {micro:5d}: {peak:6.2f} GiB")
-    if command.out:
-        command.out.write_text(json.dumps(results, indent=1))
+            record.add(f"micro-batch {micro}", result["recipe"], PEAK, [peak], "simulated")
+    body = (
+        f"{command.precision}, {command.memory_gib:g} GB, {command.ranks} rank(s). Tensors are counted on the CPU; nothing is "
+        f"measured.\n\n{table(results)}\n{''.join(map(describe, results))}"
+    )
+    figure = curves(record, PEAK, lambda case: float(case.split()[-1]), xlabel="samples of a micro-batch")
+    record.write("What the memory plan would choose", body, {"memory": figure})
 
 
 if __name__ == "__main__":

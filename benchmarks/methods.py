@@ -6,7 +6,7 @@ spread over seeds. With `--ranks` a run is what the recipe's own command starts,
 the command. A run that is finished already in the folder is not repeated, so an interrupted benchmark goes on.
 
     python -m benchmarks.methods
-    python -m benchmarks.methods photos photos_byol --seeds 0 1 2 3 4 --out runs/two_methods
+    python -m benchmarks.methods photos photos_byol --seeds 0 1 2 3 4 --runs runs/two_methods
     python -m benchmarks.methods photos_dino photos_swav photo_captions --ranks 2
 """
 
@@ -26,37 +26,48 @@ from typing import Annotated, Any
 
 import tyro
 
+from benchmarks.frame import Options, at_least, bars, begin
 from dist_contrastive import cli
 from dist_contrastive.metrics import read_metrics
 from dist_contrastive.recipes import RECIPES, build_recipe
 
-PROG = "python -m benchmarks.methods"
+QUESTION = "what do the methods reach at the same budget?"
 PHOTOS = tuple(name for name in RECIPES if name.startswith("photos"))
 SCORES = ("linear_top1", "knn_top1", "init_linear_top1", "init_knn_top1", "raw_linear_top1", "raw_knn_top1")
 PAIRS = ("zero_shot_top1", "text_recall_at_5", "image_recall_at_5")
 """Further scores, of runs on images with captions, where each of them, too, has one of the untrained towers beside it."""
 
 
-@dataclass(frozen=True)
-class Command:
-    recipes: Annotated[tuple[str, ...], tyro.conf.Positional] = PHOTOS
-    """The recipes to train."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """One run of each recipe for each."""
-    out: Path = Path("runs/methods")
-    """Runs go to OUT/RECIPE-SEED, the table to OUT/table.md, the numbers to OUT/methods.json."""
-    workers: int = 0
-    """Runs at a time, which share the cores evenly; 0: as many as there are cores for."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(Options):
+    """How runs are started."""
+
     ranks: int = 1
     """Processes of a run, on CPUs; more than one are started by accelerate."""
     options: str = "--launch.device cpu"
     """Further options of every run, in one string."""
 
 
+@dataclass(frozen=True)
+class Command(TrainingOptions):
+    recipes: Annotated[tuple[str, ...], tyro.conf.Positional] = PHOTOS
+    """The recipes to train."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run of each recipe for each."""
+    runs: Path = Path("runs/methods")
+    """Runs go to RUNS/RECIPE-SEED."""
+    workers: int = 0
+    """Runs at a time, which share the cores evenly; 0: as many as there are cores for."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "ranks")
+        at_least(self, 0, "workers", "seeds")
+
+
 LAUNCHED = ("-m", "accelerate.commands.launch", "--config_file", "launch_configs/cpu.yaml", "--num_processes")
 
 
-def train(folder: Path, recipe: str, seed: int, command: Command, cores: Collection[int]) -> None:
+def train(folder: Path, recipe: str, seed: int, command: TrainingOptions, cores: Collection[int]) -> None:
     """A run into `folder` on `cores`, unless it is there; its output to `folder`.txt, what it took to `folder`/duration_s."""
     if not (folder / "DONE").exists():
         arguments = [
@@ -84,7 +95,7 @@ def train(folder: Path, recipe: str, seed: int, command: Command, cores: Collect
 
 def run(recipe: str, seed: int, command: Command, cores: Collection[int]) -> dict[str, Any]:
     """Scores of one run, trained now unless it is there."""
-    folder = command.out / f"{recipe}-{seed}"
+    folder = command.runs / f"{recipe}-{seed}"
     train(folder, recipe, seed, command, cores)
     probe = json.loads((folder / "probe.json").read_text())
     metrics = read_metrics(folder / "metrics.jsonl")
@@ -147,10 +158,10 @@ def _pairs_table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = cli.parse(Command, argv, prog=PROG, about=__doc__)
+    command, record = begin(Command, "methods", argv, __doc__, question=QUESTION)
     for recipe in command.recipes:
         build_recipe(recipe)  # a mistyped name is refused before the first run
-    command.out.mkdir(parents=True, exist_ok=True)
+    command.runs.mkdir(parents=True, exist_ok=True)
     available = sorted(os.sched_getaffinity(0))
     workers = command.workers or max(len(available) // command.ranks, 1)
     free: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
@@ -178,9 +189,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for future in [pool.submit(job, *arguments) for arguments in jobs]:
             future.result()
     in_order = [results[arguments] for arguments in jobs]
-    (command.out / "methods.json").write_text(json.dumps(in_order, indent=1))
-    (command.out / "table.md").write_text(table(in_order))
-    print(table(in_order))
+    record.details["runs"] = in_order
+    for recipe in command.recipes:
+        rows = [row for row in in_order if row["recipe"] == recipe]
+        for score in SCORES:
+            record.add(f"seeds {', '.join(map(str, command.seeds))}", recipe, score, [row[score] for row in rows])
+    body = f"Mean ± standard deviation over seeds, all measured.\n\n{table(in_order)}"
+    record.write("Methods at the same budget", body, {"linear": bars(record, "linear_top1")})
 
 
 if __name__ == "__main__":

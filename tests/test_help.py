@@ -1,5 +1,7 @@
 """What one reads before the first run: help pages with commands that work and a sentence for each option, and the recipes."""
 
+import importlib
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -11,8 +13,8 @@ from typing import Any
 
 import pytest
 
+import benchmarks
 import dist_contrastive
-from benchmarks import checkpoint, large_batch, loader, loss_memory, loss_parity, memory, methods
 from dist_contrastive import cli, pack, probe, stage, status, train
 from dist_contrastive.methods import METHODS
 from dist_contrastive.recipes import RECIPES, list_recipes, summary_of
@@ -38,19 +40,18 @@ def parse_train(argv: list[str]) -> Any:
     return train.parse(arguments)
 
 
+BENCHMARKS = {
+    f"benchmarks.{found.name}": importlib.import_module(f"benchmarks.{found.name}")
+    for found in pkgutil.iter_modules(benchmarks.__path__)
+    if found.name != "frame"
+}
 ENTRY_POINTS = {
     "dist_contrastive.train": EntryPoint(train.main, train.TrainConfig, parse_train),
     "dist_contrastive.pack": entry_point(pack, pack.PackConfig),
     "dist_contrastive.probe": entry_point(probe, probe.ProbeCommand),
     "dist_contrastive.stage": entry_point(stage, stage.StageConfig),
     "dist_contrastive.status": entry_point(status, status.StatusCommand),
-    "benchmarks.checkpoint": entry_point(checkpoint, checkpoint.CheckpointBenchmark),
-    "benchmarks.large_batch": entry_point(large_batch, large_batch.Command),
-    "benchmarks.loader": entry_point(loader, loader.LoaderBenchmark),
-    "benchmarks.loss_memory": entry_point(loss_memory, loss_memory.Command),
-    "benchmarks.loss_parity": entry_point(loss_parity, loss_parity.ParityBenchmark),
-    "benchmarks.memory": entry_point(memory, memory.Command),
-    "benchmarks.methods": entry_point(methods, methods.Command),
+    **{name: entry_point(module, module.Command) for name, module in BENCHMARKS.items()},
 }
 RECIPE_OF = {recipe().method.name: name for name, recipe in RECIPES.items()}
 """A recipe of each method."""

@@ -1,0 +1,184 @@
+"""The frame of the benchmarks: turns, statistics, names, and what a record holds."""
+
+import itertools
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import frame
+from benchmarks.frame import Budget, Options, Record, Turns, begin, comparison, ratios, short_name, spread, take_turns
+from dist_contrastive.config import UserError
+
+
+@dataclass(frozen=True)
+class Command(Turns):
+    size: int = 4
+    data: Path = Path("some.beton")
+
+
+def start(argv: list[str], command_type: type[Options] = Command) -> tuple[Any, Record]:
+    return begin(command_type, "example", argv, "What it is.", question="how fast is it?")
+
+
+def filled(folder: Path, *more: str) -> Record:
+    """Three rounds of two contenders, and a third number that is projected."""
+    _, record = start(["--out", str(folder), *more])
+    record.add("32 px", "ours", "images/s", [200.0, 300.0, 240.0])
+    record.add("32 px", "theirs", "images/s", [100.0, 200.0, 60.0])
+    record.add("32 px", "ours", "GB", [1.5])
+    record.add("32 px", "a T4", "images/s", [900.0] * 3, "projected")
+    return record
+
+
+def test_contenders_take_turns_and_the_order_rotates() -> None:
+    calls: list[str] = []
+    numbers = itertools.count()
+
+    def contender(name: str) -> Callable[[], int]:
+        def call() -> int:
+            calls.append(name)
+            return next(numbers)
+
+        return call
+
+    found = take_turns({name: contender(name) for name in "abc"}, 3, warmup=1)
+    assert "".join(calls) == "cababcbcacab"
+    assert found == {"a": [3, 8, 10], "b": [4, 6, 11], "c": [5, 7, 9]}, "the first round warms up"
+
+
+def test_a_budget_ends_the_rounds_but_not_the_first() -> None:
+    calls: list[int] = []
+    over = Budget(1e-9)
+    assert over.is_over()
+    assert take_turns({"a": lambda: calls.append(1)}, 5, warmup=2, budget=over) == {"a": [None]}
+    assert len(calls) == 3
+    assert not Budget(0).is_over()
+
+
+def test_statistics() -> None:
+    assert spread([3.0, 1.0, 2.0, 10.0]) == (2.5, 1.0, 10.0, 4)
+    assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+    with pytest.raises(ValueError, match="zip"):
+        ratios([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (180_214, "180,000"), (1.2345, "1.23"), (0.012345, "0.0123"), (0.99961, "1.00"), (1e-5, "1e-05")],
+)  # fmt: skip
+def test_a_number_has_three_digits(value: float, text: str) -> None:
+    assert frame.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("gpu", "ranks", "name"),
+    [
+        (None, 1, "2cpu"),
+        (None, 2, "2cpu"),
+        ("Tesla T4", 1, "t4"),
+        ("NVIDIA H100 80GB HBM3", 8, "8xh100"),
+        ("NVIDIA A100-SXM4-40GB", 1, "a100"),
+        ("NVIDIA GeForce RTX 4090", 2, "2xrtx4090"),
+        ("AMD Instinct MI300X", 1, "mi300x"),
+    ],
+)
+def test_a_machine_has_a_short_name(gpu: str | None, ranks: int, name: str) -> None:
+    machine = {"device": "cpu" if gpu is None else "cuda", "usable_cores": 2, "ranks": ranks, "gpu": gpu}
+    assert short_name(machine) == name
+
+
+def test_a_call_is_repeated_until_there_is_enough_to_time() -> None:
+    calls: list[int] = []
+    once = frame.seconds(lambda: calls.append(1), torch.device("cpu"))
+    assert len(calls) == 1
+    many = frame.seconds(lambda: calls.append(1), torch.device("cpu"), at_least_s=0.01)
+    assert len(calls) > 10
+    assert many * (len(calls) - 1) >= 0.01
+    assert once > 0
+
+
+def test_a_record_has_every_repetition_and_all_that_is_needed_to_judge_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "record"
+    record = filled(folder, "--size", "8")
+    record.details["more"] = {"a": 1}
+    record.leave_out("the rest", "there was no time")
+    record.write(
+        "How fast it is", comparison(record, ("images/s", "GB"), "ours"), {"speed": frame.bars(record, "images/s")}
+    )
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "example.json", "speed.png"]
+    found = json.loads((folder / "example.json").read_text())
+    assert [(s["contender"], s["metric"], s["values"], s["kind"]) for s in found["series"]] == [
+        ("ours", "images/s", [200.0, 300.0, 240.0], "measured"),
+        ("theirs", "images/s", [100.0, 200.0, 60.0], "measured"),
+        ("ours", "GB", [1.5], "measured"),
+        ("a T4", "images/s", [900.0] * 3, "projected"),
+    ]
+    assert found["command"] == f"python -m benchmarks.example --out {folder} --size 8"
+    assert found["settings"] == {"size": 8, "data": "some.beton", "rounds": 5, "minutes": 0.0}
+    assert found["details"] == {"more": {"a": 1}}
+    assert found["left_out"] == ["the rest is left out: there was no time"]
+    assert found["hardware"].keys() >= {"cpu", "usable_cores", "memory_gib", "load_average_1min", "device", "ranks"}
+    assert found["versions"].keys() >= {"python", "torch", "numpy", "dist_contrastive"}
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", found["commit"])
+    page = (folder / "README.md").read_text()
+    assert page.startswith("# How fast it is\n\nHow fast is it?\n")
+    for part in (found["command"], found["commit"], "![speed](speed.png)", "the rest is left out", "`example.json`"):
+        assert part in page
+    assert "| 32 px | theirs | 100 (60.0 to 200) |" in capsys.readouterr().out
+
+
+def test_the_table_says_what_is_not_measured_and_compares_round_by_round(tmp_path: Path) -> None:
+    lines = comparison(filled(tmp_path), ("images/s", "GB"), "ours").splitlines()
+    assert lines == [
+        "| case | contender | images/s | GB | images/s ÷ ours | rounds |",
+        "|---|---|---|---|---|---|",
+        "| 32 px | ours | 240 (200 to 300) | 1.50 | 1.00 | 3 |",
+        # The ratios are 0.5, 0.67 and 0.25: their median, not the ratio of medians.
+        "| 32 px | theirs | 100 (60.0 to 200) |  | 0.500 (0.250 to 0.667) | 3 |",
+        "| 32 px | a T4 | 900, projected |  |  | 3 |",
+    ]
+
+
+def test_a_missing_peer_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, record = start(["--out", str(tmp_path)])
+    assert record.has_peer("torchvision", "torchvision.transforms")
+    assert "torchvision" in record.versions
+    for _ in range(2):
+        assert not record.has_peer("a_peer", "no_such_module")
+    line = "a_peer is left out: it is not installed (pip install '.[bench]')"
+    assert capsys.readouterr().out == f"{line}\n"
+    assert record.left_out == [line]
+
+
+def test_only_one_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = filled(tmp_path / "record")
+    monkeypatch.setenv("RANK", "1")
+    record.write("How fast it is", "", {})
+    assert not (tmp_path / "record").exists()
+
+
+def test_without_a_folder_a_record_goes_where_all_are() -> None:
+    _, record = start([])
+    assert record.folder.parent == frame.RECORDS
+    assert re.fullmatch(r"\d{4}-\d{2}-\d{2}_[a-z0-9]+_example", record.folder.name)
+
+
+def test_mistakes_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    for words, message in (
+        (["--rounds", "0"], "--rounds 0: give at least 1"),
+        (["--minutes", "-1"], "--minutes -1: give 0"),
+        (["--sizes", "3"], "unknown option --sizes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            start(words)
+    (tmp_path / "example.json").touch()
+    with pytest.raises(UserError, match="has a record already"):
+        start(["--out", str(tmp_path)])
