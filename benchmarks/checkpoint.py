@@ -22,7 +22,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -34,7 +33,7 @@ import psutil
 import torch
 from torch import nn
 
-from benchmarks.frame import ROOT, Options, Record, at_least, bars, begin, ratios, spread, take_turns
+from benchmarks.frame import ROOT, Options, Peak, Record, at_least, bars, begin, ratios, spread, take_turns
 from dist_contrastive.batch import steps_per_epoch
 from dist_contrastive.checkpoint import CheckpointStore, Saver, load_module, load_optimizer, optimizer_tensors
 from dist_contrastive.cli import main_guard
@@ -151,31 +150,6 @@ def lost_by_a_kill(config: Command, run_dir: Path, generator: random.Random) -> 
     newest = CheckpointStore(run_dir / "checkpoints", keep=2).newest()
     kept = newest.step if newest else 0
     return {"reached": reached, "kept": kept, "lost": reached - kept, "resume_s": resume_s(config, run_dir)}
-
-
-class Peak:
-    """Within the context: how far this process's memory (anonymous, what no file gives back) rose, in MB."""
-
-    def __enter__(self) -> "Peak":
-        self._stop = threading.Event()
-        self._base = self._top = self._now()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.mb = max(self._top, self._now()) - self._base
-
-    @staticmethod
-    def _now() -> float:
-        memory = psutil.Process().memory_info()
-        return float(memory.rss - memory.shared) / 1e6
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.002):
-            self._top = max(self._top, self._now())
 
 
 def size_of_state(folder: Path) -> dict[str, float]:

@@ -12,13 +12,15 @@ import re
 import shlex
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import psutil
 import torch
@@ -200,6 +202,46 @@ def seconds(call: Callable[[], object], device: torch.device, *, at_least_s: flo
         took = time.perf_counter() - begin
         if took >= at_least_s:
             return took / calls
+
+
+class Peak:
+    """Within the context: how far the anonymous memory (what no file gives back) of this process rose, with all that its own
+    processes have to themselves; `mb` afterwards, in MB. On any device, memory of the host alone."""
+
+    CHILDREN_EVERY = 25
+    """Looks at this process for one look at its processes, which takes longer."""
+
+    def __enter__(self) -> Self:
+        self._process = psutil.Process()
+        self._stop = threading.Event()
+        self._base = self._top = self._own() + self._childrens()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.mb = (max(self._top, self._own() + self._childrens()) - self._base) / 1e6
+
+    def _own(self) -> int:
+        memory = self._process.memory_info()
+        return int(memory.rss - memory.shared)
+
+    def _childrens(self) -> int:
+        total = 0
+        for child in self._process.children(recursive=True):
+            with suppress(psutil.Error):
+                total += child.memory_full_info().uss
+        return total
+
+    def _watch(self) -> None:
+        looks, of_children = 0, 0
+        while not self._stop.wait(0.002):
+            if looks % self.CHILDREN_EVERY == 0:
+                of_children = self._childrens()
+            self._top = max(self._top, self._own() + of_children)
+            looks += 1
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 import itertools
 import json
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +15,19 @@ import pytest
 import torch
 
 from benchmarks import frame
-from benchmarks.frame import Budget, Options, Record, Turns, begin, comparison, ratios, short_name, spread, take_turns
+from benchmarks.frame import (
+    Budget,
+    Options,
+    Peak,
+    Record,
+    Turns,
+    begin,
+    comparison,
+    ratios,
+    short_name,
+    spread,
+    take_turns,
+)
 from dist_contrastive.config import UserError
 
 
@@ -101,6 +116,22 @@ def test_a_call_is_repeated_until_there_is_enough_to_time() -> None:
     assert len(calls) > 10
     assert many * (len(calls) - 1) >= 0.01
     assert once > 0
+
+
+def test_a_peak_is_of_this_process_and_its_own_processes() -> None:
+    hold = "import time; held = bytearray(b'1' * 40_000_000); print(flush=True); time.sleep(60)"
+    with Peak() as peak:
+        held = bytearray(b"1" * 30_000_000)
+        with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as process:
+            assert process.stdout
+            process.stdout.readline()
+            time.sleep(0.3)
+            process.kill()
+        del held
+    assert 60 < peak.mb < 140
+    with Peak() as nothing:
+        pass
+    assert nothing.mb < 10
 
 
 def test_a_record_has_every_repetition_and_all_that_is_needed_to_judge_it(
