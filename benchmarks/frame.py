@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar
@@ -202,6 +203,28 @@ def seconds(call: Callable[[], object], device: torch.device, *, at_least_s: flo
         took = time.perf_counter() - begin
         if took >= at_least_s:
             return took / calls
+
+
+def timed_turns(
+    contenders: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    *,
+    at_least_s: float,
+    at_most_s: float,
+    budget: Budget | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each contender's call in each round, in turns; calls that are short are repeated (`seconds`).
+
+    As many of the `rounds` as fit into `at_most_s`, after one that warms up. Where not even two do, the first is all there is.
+    """
+    calls = {name: partial(seconds, call, device, at_least_s=at_least_s) for name, call in contenders.items()}
+    begin = time.monotonic()
+    first = take_turns(calls, 1, warmup=0)
+    took = time.monotonic() - begin
+    if took > at_most_s / 2:
+        return first
+    return take_turns(calls, min(rounds, int(at_most_s / took) - 1), warmup=0, budget=budget)
 
 
 class Peak:
@@ -432,27 +455,24 @@ def bars(record: Record, metric: str) -> Figure:
     return figure
 
 
-def curves(record: Record, metric: str, x_of: Callable[[str], float], *, xlabel: str, log: bool = True) -> Figure:
-    """A line a contender over the cases, each at `x_of` its name: medians, and a band from the lowest to the highest; dashed
-    where it is not measured."""
+def curves(record: Record, metric: str, x_of: Callable[[str], float | None], *, xlabel: str) -> Figure:
+    """A line a contender over the cases, each at `x_of` its name (None: not drawn), on logarithmic axes: medians, and a band from
+    the lowest to the highest; dashed if not measured."""
+    lines: dict[tuple[str, Kind], list[tuple[float, Spread]]] = {}
+    for one in record.of(metric):
+        x = x_of(one.case)
+        if x is not None:
+            lines.setdefault((one.contender, one.kind), []).append((x, spread(one.values)))
     with rc_context(STYLE):
         figure, (panel,) = new_figure(4.2)
-        lines = dict.fromkeys((one.contender, one.kind) for one in record.of(metric))
-        for number_, (contender, kind) in enumerate(lines):
-            points = sorted(
-                (x_of(one.case), spread(one.values))
-                for one in record.of(metric)
-                if (one.contender, one.kind) == (contender, kind)
-            )
-            xs, spreads = [x for x, _ in points], [s for _, s in points]
-            color = CLASS_COLORS[number_ % len(CLASS_COLORS)]
+        for place, ((contender, kind), points) in enumerate(lines.items()):
+            xs, spreads = zip(*sorted(points), strict=True)
+            color = CLASS_COLORS[place % len(CLASS_COLORS)]
             label = contender if kind == "measured" else f"{contender} ({kind})"
             style = "-" if kind == "measured" else "--"
             panel.plot(xs, [s.median for s in spreads], marker="o", label=label, color=color, linestyle=style)
             panel.fill_between(xs, [s.low for s in spreads], [s.high for s in spreads], color=color, alpha=0.2)
-        if log:
-            panel.set(xscale="log", yscale="log")
-        panel.set(xlabel=xlabel, ylabel=metric)
+        panel.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=metric)
         panel.legend()
     return figure
 

@@ -118,6 +118,20 @@ def test_a_call_is_repeated_until_there_is_enough_to_time() -> None:
     assert once > 0
 
 
+def test_slow_cases_get_fewer_rounds() -> None:
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(1)
+        time.sleep(0.02)
+
+    for at_most_s, num, most in ((0.01, 1, 1), (60.0, 4, 5)):
+        calls.clear()
+        cpu = torch.device("cpu")
+        assert len(frame.timed_turns({"a": call}, cpu, 4, at_least_s=0, at_most_s=at_most_s)["a"]) == num
+        assert len(calls) == most, "one to warm up, where there is time for it"
+
+
 def test_a_peak_is_of_this_process_and_its_own_processes() -> None:
     hold = "import time; held = bytearray(b'1' * 40_000_000); print(flush=True); time.sleep(60)"
     with Peak() as peak:
