@@ -48,6 +48,9 @@ class Batch:
     samples: Samples
     text: Tensor | None = None
     """int64 [B, L]: a caption of each sample as L token ids, padded with `PADDING`; None where the dataset has no captions."""
+    draws: Tensor | None = None
+    """float32 [V, B, ...]: what the augmentation is to do with each view, all sizes together (`data.draws`); None where views are
+    not to be augmented, or are already."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -55,7 +58,8 @@ class Batch:
     def part(self, part: slice) -> "Batch":
         """Some of its samples, all their views."""
         text = None if self.text is None else self.text[part]
-        return Batch(tuple(views[:, part] for views in self.views), self.samples.part(part), text)
+        draws = None if self.draws is None else self.draws[:, part]
+        return Batch(tuple(views[:, part] for views in self.views), self.samples.part(part), text, draws)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,8 @@ class DataConfig:
     """Loader threads of each rank; 0 shares the host's cores fairly between its ranks and leaves each one for its loop."""
     batches_ahead: int = 3
     """How many batches are prepared ahead of the step that consumes them."""
+    resident: bool = False
+    """Keep the training images, decoded, in the memory of each rank's device, and cut the views there: for datasets that fit."""
     timeout_s: float = 120.0
     """The longest wait for one batch, in seconds; after it the run stops with an error instead of hanging."""
 
@@ -529,7 +531,7 @@ class TrainConfig:
 # whatever it is, but for the statistics that BatchNorm normalizes with, and memory may force another one at any step.
 EXECUTION_FIELDS = (
     "run_dir", "resume", "overwrite", "init_sha256", "stop_after_steps", "batch.micro", "batch.memory_gib", "data.path",
-    "data.threads", "data.batches_ahead", "data.timeout_s", "checkpoint.every", "checkpoint.every_steps",
+    "data.threads", "data.batches_ahead", "data.timeout_s", "data.resident", "checkpoint.every", "checkpoint.every_steps",
     "checkpoint.every_minutes", "checkpoint.keep", "launch.ranks", "launch.device", "launch.timeout_minutes",
 )  # fmt: skip
 

@@ -19,7 +19,8 @@ from dist_contrastive.config import TrainConfig, UserError, flatten, require, to
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.compiled import announced_compilation
 from dist_contrastive.data.format import TRAIN
-from dist_contrastive.data.loader import Batches, loader_of
+from dist_contrastive.data.loader import Batches
+from dist_contrastive.data.resident import loader_of
 from dist_contrastive.evaluation.image_text import ImageTextRunner
 from dist_contrastive.evaluation.protocol import ProbeRunner
 from dist_contrastive.launch import connect, describe_machine

@@ -22,7 +22,7 @@ from dist_contrastive.checkpoint import CheckpointStore, Tensors, load_module
 from dist_contrastive.config import TrainConfig, UserError, require
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.compiled import announced_compilation
-from dist_contrastive.data.loader import loader_of
+from dist_contrastive.data.resident import loader_of
 from dist_contrastive.evaluation.protocol import ProbeRunner
 from dist_contrastive.progress import print_scores
 from dist_contrastive.trainer import build_method

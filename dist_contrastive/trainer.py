@@ -30,6 +30,10 @@ from dist_contrastive.step.zero import ShardedOptimizer
 SMALLEST_LOSS_SCALE = 1.0
 
 
+VIEW_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""In what a GPU makes views: an encoder's first layer would convert them to it. A CPU has them in float32."""
+
+
 class NonFiniteError(UserError):
     """Loss or gradient left the finite numbers; nothing was updated on any rank."""
 
@@ -85,7 +89,7 @@ class Trainer:
             self.replicas = DataParallel(self.method, optimizer, accelerator)
         self.gradient = StepGradient(
             self.replicas,
-            Augment(config.augment, config.seed),
+            Augment(config.augment, VIEW_DTYPES[self.precision] if self.device.type == "cuda" else torch.float32),
             seed=config.seed,
             micro=0 if config.batch.micro == "auto" else config.batch.micro,
             fewest=fewest,

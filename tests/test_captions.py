@@ -193,7 +193,7 @@ def test_a_batch_has_captions_of_its_own_samples_and_parts_and_augmentation_keep
     part = batch.part(slice(2, 5))
     assert part.text is not None
     assert torch.equal(part.text, batch.text[2:5])
-    augmented = Augment(AUGMENT, 0)(batch, torch.device("cpu"))
+    augmented = Augment(AUGMENT)(batch, torch.device("cpu"))
     assert augmented.text is not None
     assert torch.equal(augmented.text, batch.text)
 

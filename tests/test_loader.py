@@ -21,6 +21,7 @@ from dist_contrastive.config import AugmentConfig, DataConfig, UserError, ViewCo
 from dist_contrastive.data import loader
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.crops import random_boxes
+from dist_contrastive.data.draws import Drawer
 from dist_contrastive.data.format import TEST, TRAIN
 from dist_contrastive.data.loader import Batches, Crops, Loader, fair_threads
 from dist_contrastive.rendezvous import fair_cores
@@ -97,13 +98,21 @@ def global_batches(dataset: Dataset, num_ranks: int = 1, **options: Any) -> list
             torch.cat([batch.samples.labels for batch in batches]),
             torch.cat([batch.samples.indices for batch in batches]),
             batches[0].samples.epoch,
+            torch.cat([drawn(batch) for batch in batches], dim=1),
         )
         for batches in zip(*of_ranks, strict=True)
     ]
 
 
-def batch_of(views: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, epoch: int) -> Batch:
-    return Batch((views,), Samples(labels, indices, epoch))
+def batch_of(
+    views: torch.Tensor, labels: torch.Tensor, indices: torch.Tensor, epoch: int, draws: torch.Tensor | None
+) -> Batch:
+    return Batch((views,), Samples(labels, indices, epoch), draws=draws)
+
+
+def drawn(batch: Batch) -> torch.Tensor:
+    assert batch.draws is not None
+    return batch.draws
 
 
 def assert_same(found: list[Batch], expected: list[Batch]) -> None:
@@ -111,6 +120,8 @@ def assert_same(found: list[Batch], expected: list[Batch]) -> None:
         assert torch.equal(ours.samples.indices, theirs.samples.indices)
         assert torch.equal(ours.samples.labels, theirs.samples.labels)
         assert torch.equal(ours.views[0], theirs.views[0])
+        assert (ours.draws is None) == (theirs.draws is None)
+        assert ours.draws is None or torch.equal(ours.draws, drawn(theirs))
 
 
 def resized_by_torchvision(image: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
@@ -141,6 +152,7 @@ def test_an_epoch_is_the_global_permutation_sliced_by_step_and_rank(dataset, num
             assert batch.views[0].dtype == torch.uint8
             assert batch.samples.labels.dtype == batch.samples.indices.dtype == torch.int64
             assert batch.samples.epoch == 5
+            assert torch.equal(drawn(batch), Drawer(AUGMENT, 3).draw(batch.samples))
 
 
 def test_only_the_incomplete_last_batch_is_dropped_and_no_sample_comes_twice(dataset):
@@ -304,6 +316,7 @@ def test_an_eval_pass_gives_all_indices_in_order_and_the_rest_at_last(dataset, b
     np.testing.assert_array_equal(torch.cat([batch.samples.indices for batch in batches]), indices)
     np.testing.assert_array_equal(torch.cat([batch.samples.labels for batch in batches]), dataset.labels[indices])
     assert {tuple(batch.views[0].shape) for batch in batches} == {(1, size, SIZE, SIZE, 3) for size in sizes}
+    assert {batch.draws for batch in batches} == {None}, "nothing is drawn for what is not augmented"
 
 
 def test_an_eval_pass_over_nothing_gives_nothing(dataset):
@@ -332,7 +345,10 @@ def test_a_retained_batch_is_not_overwritten(dataset):
     for batch in itertools.chain(epoch_of(dataset), centered(dataset, indices, 8)):
         retained.append(batch)
         samples = batch.samples
-        copies.append(batch_of(batch.views[0].clone(), samples.labels.clone(), samples.indices.clone(), samples.epoch))
+        draws = None if batch.draws is None else batch.draws.clone()
+        copies.append(
+            batch_of(batch.views[0].clone(), samples.labels.clone(), samples.indices.clone(), samples.epoch, draws)
+        )
     assert_same(retained, copies)
 
 
@@ -397,7 +413,7 @@ def pass_with_boxes(
     loader: Loader, boxes: Any, samples: Any = lambda step: np.array([step]), num_steps: int = 10
 ) -> Batches:
     """Batches of one sample over the small dataset, whose threads call `boxes`."""
-    return Batches(loader, Crops([(1, 8)], boxes), samples, epoch=0, steps=range(num_steps))
+    return Batches(loader, Crops([(1, 8)], boxes), samples, steps=range(num_steps))
 
 
 def epoch_with_boxes(dataset: Dataset, boxes: Any, timeout_s: float = 60) -> Batches:

@@ -13,7 +13,7 @@ from dist_contrastive.batch import Share
 from dist_contrastive.config import EncoderConfig, TrainConfig
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import TEST
-from dist_contrastive.data.loader import loader_of
+from dist_contrastive.data.resident import loader_of
 from dist_contrastive.models.attention import last_attention
 from dist_contrastive.models.base import Encoder
 from dist_contrastive.report import collect as module

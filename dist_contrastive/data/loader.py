@@ -3,7 +3,7 @@
 FFCV's file format and its libjpeg-turbo decoder are used (through `beton`); the threads are our own, because FFCV's
 consumer waits for ever once its thread fails, its batches are overwritten later, and it compiles anew in every process.
 
-Threads. A `Loader` owns a few daemon threads as long as it lives; all its passes share them. Each takes slices of batches from
+Threads. A `Loader` owns a few daemon threads as long as it lives; all its passes share them. Each takes parts of batches from
 one queue and fills them with a compiled kernel that holds no lock. Of a pass `batches_ahead` batches are under way; the
 consumer waits for the oldest, at most `DataConfig.timeout_s` seconds. An error in a thread reaches the consumer as itself, and
 ends the pass: the threads go on with what others ask for.
@@ -12,9 +12,9 @@ Memory. A batch owns its tensors: B × S × S × 3 bytes a view, `batches_ahead`
 one tensor after the other. Beside them each thread keeps one scratch buffer of the size of the largest JPEG, decoded, so
 scratch is threads × largest image, not batch × largest.
 
-Randomness. The order of an epoch is `rng.permutation`; a crop is a pure function of (seed, epoch, sample index, view), the
-caption that is drawn one of (seed, epoch, sample index). So neither threads, ranks nor restarts change what a sample looks
-like at an epoch, or what is said of it.
+Randomness. The order of an epoch is `rng.permutation`; a crop and what is drawn for the augmentation (`draws`) are pure functions
+of (seed, epoch, sample index, view), the caption that is drawn one of (seed, epoch, sample index). So neither threads, ranks nor
+restarts change what a sample looks like at an epoch, or what is said of it.
 """
 
 import math
@@ -36,9 +36,10 @@ from torch import Tensor
 
 from dist_contrastive import rng
 from dist_contrastive.batch import Batch, Samples, Share, steps_per_epoch
-from dist_contrastive.config import AugmentConfig, DataConfig, TrainConfig, require
+from dist_contrastive.config import AugmentConfig, DataConfig, require
 from dist_contrastive.data.beton import Dataset
 from dist_contrastive.data.crops import Scratch, center_boxes, crop_samples, make_scratch, random_boxes
+from dist_contrastive.data.draws import NUM_DRAWS, Drawer
 from dist_contrastive.data.format import TRAIN
 from dist_contrastive.rendezvous import fair_cores
 
@@ -54,59 +55,100 @@ class Crops:
     """Of each size of views: how many, and how many pixels a side."""
     boxes: Callable[[np.ndarray], np.ndarray]
     """Of samples int64 [b]: top, left, height, width of each view's part, int64 [V, b, 4]."""
+    drawer: Drawer | None = None
+    """What draws for the augmentation of the views, where they are to be augmented."""
+    epoch: int = 0
+    """At which it draws."""
 
     @property
     def sides(self) -> tuple[int, ...]:
         """Pixels a side of each view."""
         return tuple(size for count, size in self.views for _ in range(count))
 
-    def fill(self, dataset: Dataset, part: "_Slice", scratch: Scratch) -> None:
-        """Decode and cut the samples of `part` into its batch."""
+    def cut(
+        self,
+        dataset: Dataset,
+        samples: np.ndarray,
+        start: int,
+        scratches: "Scratches",
+        out: np.ndarray,
+        places: np.ndarray,
+    ) -> None:
+        """Decode `samples` int64 [b] and cut their views to the places from `start` on of those that begin at `places` int64 [V]
+        of `out`, uint8 and flat."""
         d = dataset
         failed = crop_samples(
             d.file_bytes, d.pointers, d.sizes, d.is_jpeg, d.heights, d.widths,
-            part.samples, self.boxes(part.samples), part.out, part.places, np.array(self.sides), part.start, scratch,
+            samples, self.boxes(samples), out, places, np.array(self.sides), start, scratches.of(self.sides),
         )  # fmt: skip
         if failed >= 0:
-            raise RuntimeError(f"sample {part.samples[failed]} of {d.path} is not a readable JPEG: pack the file again")
+            raise unreadable(d, samples[failed])
+
+    def draw(self, samples: np.ndarray, start: int, draws: np.ndarray) -> None:
+        """What is drawn for `samples` int64 [b], if anything is, into draws[:, start:], float32 [V, B, NUM_DRAWS]."""
+        if self.drawer is not None:
+            self.drawer.fill(draws, samples, self.epoch, start)
+
+
+def unreadable(dataset: Dataset, sample: int) -> RuntimeError:
+    return RuntimeError(f"sample {sample} of {dataset.path} is not a readable JPEG: pack the file again")
+
+
+class Scratches:
+    """What one thread needs for its work, kept as long as it lives; made when it is needed."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self._of_sides: dict[tuple[int, ...], Scratch] = {}
+        self._pixels: np.ndarray | None = None
+
+    def of(self, sides: tuple[int, ...]) -> Scratch:
+        """For views of `sides` pixels a side."""
+        if sides not in self._of_sides:
+            self._of_sides[sides] = make_scratch(self._dataset, sides, self._pixels)
+            self._pixels = self._of_sides[sides].pixels
+        return self._of_sides[sides]
 
 
 @dataclass
-class _Slice:
+class _Task:
     """Some consecutive samples of one batch, for one thread."""
 
-    crops: Crops
-    samples: np.ndarray  # int64 [b]
-    out: np.ndarray  # uint8, flat: all views of the whole batch
-    places: np.ndarray  # int64 [V]: where in it those of each view begin
-    start: int  # position of the first sample in the batch
+    work: Callable[[Scratches], None]
     done: Future[None] = field(default_factory=Future)
 
 
-def _work(slices: SimpleQueue[_Slice | None], dataset: Dataset) -> None:
-    """A thread's whole life: fill slices until None comes. It holds no reference to the loader."""
-    scratches: dict[tuple[int, ...], Scratch] = {}
-    pixels = None
-    while (part := slices.get()) is not None:
-        if not part.done.set_running_or_notify_cancel():
+def _work(tasks: SimpleQueue[_Task | None], dataset: Dataset) -> None:
+    """A thread's whole life: work until None comes. It holds no reference to the loader."""
+    scratches = Scratches(dataset)
+    while (task := tasks.get()) is not None:
+        if not task.done.set_running_or_notify_cancel():
             continue
         try:
-            sides = part.crops.sides
-            if sides not in scratches:
-                scratches[sides] = make_scratch(dataset, sides, pixels)
-                pixels = scratches[sides].pixels
-            part.crops.fill(dataset, part, scratches[sides])
+            task.work(scratches)
         except BaseException as error:  # whatever it is, it is the consumer who must see it
-            part.done.set_exception(error)
+            task.done.set_exception(error)
         else:
-            part.done.set_result(None)
-        del part  # its batch must not live on while this thread waits for the next slice
+            task.done.set_result(None)
+        del task  # its batch must not live on while this thread waits for the next one
 
 
-def _stop(slices: SimpleQueue[_Slice | None], threads: list[Thread]) -> None:
+@dataclass(frozen=True)
+class Begun:
+    """The views of a batch on which the threads work."""
+
+    parts: list[Future[None]]
+    """What has to be done before they are there."""
+    draws: Tensor | None
+    """What is drawn for them, float32 [V, B, NUM_DRAWS]."""
+    views: Callable[[], tuple[Tensor, ...]]
+    """Gives them once it is: uint8 [V, B, S, S, 3] for each size."""
+
+
+def _stop(tasks: SimpleQueue[_Task | None], threads: list[Thread]) -> None:
     """End and join the threads."""
     for _ in threads:
-        slices.put(None)
+        tasks.put(None)
     deadline = time.monotonic() + JOIN_TIMEOUT_S
     for thread in threads:
         if thread is not current_thread():  # the garbage collector may run this on one of them
@@ -137,11 +179,11 @@ class Loader:
         self.seed, self.share = seed, share
         self._pin_memory = pin_memory
         self._num_threads = threads
-        self._slices: SimpleQueue[_Slice | None] = SimpleQueue()
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         started: list[Thread] = []
-        self._finalizer = weakref.finalize(self, _stop, self._slices, started)
+        self._finalizer = weakref.finalize(self, _stop, self._tasks, started)
         for number in range(threads):
-            thread = Thread(target=_work, args=(self._slices, dataset), name=f"loader-{number}", daemon=True)
+            thread = Thread(target=_work, args=(self._tasks, dataset), name=f"loader-{number}", daemon=True)
             thread.start()
             started.append(thread)
 
@@ -174,7 +216,6 @@ class Loader:
             self,
             self._random_crops(self.augment, number),
             lambda step: order[self.share.of_update(step)],
-            epoch=number,
             steps=range(start_step, num_steps),
             text=None if captions is None else partial(captions.tokens, seed=self.seed, epoch=number),
         )
@@ -200,24 +241,39 @@ class Loader:
             self,
             crops,
             lambda step: indices[step * batch_size : (step + 1) * batch_size],
-            epoch=0,
             steps=range(math.ceil(len(indices) / batch_size)),
         )
 
     def _random_crops(self, augment: AugmentConfig, epoch: int) -> Crops:
         views = [(len(views), size) for size, _, views in augment.layout(self.data.image_size)]
-        return Crops(views, partial(random_boxes, self.dataset, augment, seed=self.seed, epoch=epoch))
+        boxes = partial(random_boxes, self.dataset, augment, seed=self.seed, epoch=epoch)
+        return Crops(views, boxes, Drawer(augment, self.seed), epoch)
 
-    def start(self, crops: Crops, samples: np.ndarray) -> tuple[tuple[Tensor, ...], list[Future[None]]]:
-        """Let the threads cut the views of a batch of `samples` int64 [B]: uint8 [V, B, S, S, 3] for each size, and what has to
-        be done before they are there."""
+    def start(self, crops: Crops, samples: np.ndarray) -> Begun:
+        """Let the threads cut the views of a batch of `samples` int64 [B], and draw for them."""
         out, places, views = _empty_views(crops.views, len(samples), pin_memory=self._pin_memory)
-        # Two slices a thread: the threads end a batch nearly together even where its images differ in size.
-        num_parts = min(len(samples), 2 * self._num_threads)
-        parts = [_Slice(crops, share, out, places, start) for start, share in _shares(samples, num_parts)]
-        for part in parts:
-            self._slices.put(part)
-        return views, [part.done for part in parts]
+        draws = self.room_for_draws(crops, len(samples))
+        dataset, drawn = self.dataset, draws.numpy()
+
+        def work(share: np.ndarray, start: int, scratches: Scratches) -> None:
+            crops.draw(share, start, drawn)
+            crops.cut(dataset, share, start, scratches, out, places)
+
+        return Begun(self.share_out(samples, work), None if crops.drawer is None else draws, lambda: views)
+
+    def room_for_draws(self, crops: Crops, num_samples: int) -> Tensor:
+        """For so many samples; empty where nothing is drawn."""
+        drawn = (0, 0) if crops.drawer is None else (crops.drawer.num_views, num_samples)
+        return torch.empty((*drawn, NUM_DRAWS), pin_memory=self._pin_memory)
+
+    def share_out(self, samples: np.ndarray, work: Callable[[np.ndarray, int, Scratches], None]) -> list[Future[None]]:
+        """Let the threads do `work(some of the samples, the position of the first, scratches)` for all `samples` int64 [B]."""
+        # Two parts a thread: the threads end a batch nearly together even where its images differ in size.
+        parts = _shares(samples, min(len(samples), 2 * self._num_threads))
+        tasks = [_Task(partial(work, share, start)) for start, share in parts]
+        for task in tasks:
+            self._tasks.put(task)
+        return [task.done for task in tasks]
 
     def tensor(self, x: Tensor) -> Tensor:
         """`x` in memory of the kind that batches lie in."""
@@ -237,7 +293,6 @@ class Batches(Iterator[Batch]):
         crops: Crops,
         samples: Callable[[int], np.ndarray],
         *,
-        epoch: int,
         steps: range,
         text: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -249,9 +304,8 @@ class Batches(Iterator[Batch]):
         self._crops = crops
         self._samples = samples
         self._text = text
-        self._epoch = epoch
         self._steps = deque(steps)
-        self._pending: deque[tuple[Batch, list[Future[None]]]] = deque()
+        self._pending: deque[tuple[Samples, Tensor | None, Begun]] = deque()
         self._finalizer = weakref.finalize(self, _cancel, self._pending)
         self._submit()
 
@@ -278,12 +332,12 @@ class Batches(Iterator[Batch]):
         """
         if not self._pending:
             raise StopIteration
-        batch, parts = self._pending.popleft()
+        samples, text, begun = self._pending.popleft()
         timeout_s = self._loader.data.timeout_s
         try:
             self._submit()
             begin = time.perf_counter()
-            finished, unfinished = wait(parts, timeout=timeout_s, return_when=FIRST_EXCEPTION)
+            finished, unfinished = wait(begun.parts, timeout=timeout_s, return_when=FIRST_EXCEPTION)
             for done in finished:
                 done.result()
             if unfinished:
@@ -292,29 +346,29 @@ class Batches(Iterator[Batch]):
                     f"{self._loader.dataset.path} are stuck; is its file system still there?"
                 )
         except BaseException:
-            for done in parts:
+            for done in begun.parts:
                 done.cancel()
             self.close()
             raise
         self.wait_ms = (time.perf_counter() - begin) * 1e3
-        return batch
+        return Batch(begun.views(), samples, text, begun.draws)
 
     def _submit(self) -> None:
         """Put batches under way until `batches_ahead` of them are."""
         loader = self._loader
         while self._steps and len(self._pending) < loader.data.batches_ahead:
             samples = np.array(self._samples(self._steps.popleft()), dtype=np.int64)  # a copy: the batch's own
-            views, parts = loader.start(self._crops, samples)
+            begun = loader.start(self._crops, samples)
             labels, indices = torch.from_numpy(loader.dataset.labels[samples]), torch.from_numpy(samples)
             text = None if self._text is None else loader.tensor(self._text(indices))
-            of_samples = Samples(loader.tensor(labels), loader.tensor(indices), self._epoch)
-            self._pending.append((Batch(views, of_samples, text), parts))
+            of_samples = Samples(loader.tensor(labels), loader.tensor(indices), self._crops.epoch)
+            self._pending.append((of_samples, text, begun))
 
 
-def _cancel(pending: deque[tuple[Batch, list[Future[None]]]]) -> None:
+def _cancel(pending: deque[tuple[Samples, Tensor | None, Begun]]) -> None:
     """Let the threads pass over what they have not begun."""
     while pending:
-        for done in pending.popleft()[1]:
+        for done in pending.popleft()[2].parts:
             done.cancel()
 
 
@@ -346,11 +400,3 @@ def fair_threads(configured: int) -> int:
     """Loader threads of this rank: `configured`, or where that is 0 its share of the usable cores (`rendezvous.fair_cores`) but
     for one, which the training loop keeps busy; at least 1."""
     return configured or max(1, fair_cores() - 1)
-
-
-def loader_of(config: TrainConfig, dataset: Dataset, share: Share, device: torch.device) -> Loader:
-    """The loader of a run of `config` on `device`, for the rank whose `share` it is."""
-    return Loader(
-        dataset, config.data, config.augment, seed=config.seed, share=share, threads=fair_threads(config.data.threads),
-        pin_memory=device.type == "cuda",
-    )  # fmt: skip

@@ -62,7 +62,7 @@ def extract_views(encoder: Encoder, loader: Loader, indices: np.ndarray, device:
     num_views = augment.num_views
     distributed.broadcast_buffers(encoder)
     share = np.array_split(indices, distributed.world_size())[distributed.rank()]
-    make_views = Augment(augment, loader.seed)
+    make_views = Augment(augment)
     batch_size = max(1, BATCH_SIZE // num_views)
 
     def encode() -> Tensor:

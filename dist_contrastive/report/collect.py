@@ -192,7 +192,7 @@ def example_views(loader: Loader) -> tuple[list[np.ndarray], np.ndarray]:
     train = loader.dataset.indices(TRAIN)
     first = train[rng.permutation(loader.seed, 0, len(train))[:NUM_EXAMPLES]]
     with loader.views(first, batch_size=NUM_EXAMPLES) as batches:
-        batch = Augment(loader.augment, loader.seed)(next(batches), torch.device("cpu"))
+        batch = Augment(loader.augment)(next(batches), torch.device("cpu"))
     views = [to_displayable(of_size, loader.augment).transpose(0, 1).numpy() for of_size in batch.views]
     return views, _images(loader, first, loader.data.image_size)
 

@@ -89,7 +89,8 @@ def _batch(config: TrainConfig, num_samples: int) -> Batch:
     """A batch as the loader gives it to a GPU: in pinned memory."""
     batch = example(config, num_samples)
     samples = replace(batch.samples, labels=pin(batch.samples.labels), indices=pin(batch.samples.indices))
-    return Batch(tuple(map(pin, batch.views)), samples, None if batch.text is None else pin(batch.text))
+    text, draws = (None if x is None else pin(x) for x in (batch.text, batch.draws))
+    return Batch(tuple(map(pin, batch.views)), samples, text, draws)
 
 
 def _note_embeddings(trainer: Trainer) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch, Samples, largest_micro
 from dist_contrastive.config import TrainConfig, UserError
+from dist_contrastive.data.draws import Drawer
 from dist_contrastive.optim import STATES_PER_PARAMETER
 from dist_contrastive.step.gradient import WHAT_NEEDS_LESS, StepGradient
 from dist_contrastive.step.memory import TensorCount, measure_peak, release_memory, usable_bytes
@@ -144,7 +145,8 @@ def example(config: TrainConfig, num_samples: int) -> Batch:
     indices = torch.arange(num_samples)
     tower = config.method.text_tower
     text = torch.randint(1, tower.vocabulary, (num_samples, tower.context)) if tower else None
-    return Batch(tuple(views), Samples(labels=indices // 2, indices=indices, epoch=0), text)
+    samples = Samples(labels=indices // 2, indices=indices, epoch=0)
+    return Batch(tuple(views), samples, text, Drawer(config.augment, config.seed).draw(samples))
 
 
 def rounded(micro: int) -> int:

@@ -60,7 +60,7 @@ def loader_dies(trainer: Trainer, batch: Batch) -> None:
     def failing(*arguments: Any, **options: Any) -> Any:
         raise OSError("injected: the disk is gone")
 
-    loader.Crops.fill = failing  # type: ignore[method-assign]
+    loader.Crops.cut = failing  # type: ignore[method-assign]
 
 
 def linger(trainer: Trainer, batch: Batch) -> None:
