@@ -37,7 +37,8 @@ from benchmarks.frame import (
 from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.cli import main_guard
 from dist_contrastive.config import AugmentConfig, ViewConfig, require
-from dist_contrastive.data.augment import Augment, blur_size
+from dist_contrastive.data.augment import Augment
+from dist_contrastive.data.draws import Drawer, blur_size
 
 QUESTION = "how fast is the augmentation, beside kornia's, torchvision's and a mere copy?"
 IMAGES, TRAFFIC, SHARE, BANDWIDTH = (
@@ -95,10 +96,11 @@ class Images(torch.utils.data.Dataset[Tensor]):
 
 def our_pass(images: Tensor, view: ViewConfig, device: torch.device) -> Callable[[], Tensor]:
     """Of `images` uint8 [N, S, S, 3] on `device`."""
-    augment = Augment(AugmentConfig((view,)), seed=0)
-    numbers = torch.arange(len(images))
-    batch = Batch((images[None],), Samples(torch.zeros_like(numbers), numbers, epoch=0))
-    return lambda: augment(batch, device).views[0]
+    config, numbers = AugmentConfig((view,)), torch.arange(len(images))
+    augment, drawer = Augment(config), Drawer(config, seed=0)
+    samples = Samples(torch.zeros_like(numbers), numbers, epoch=0)
+    # In training what is drawn is there already: the loader's threads do it. The others draw within the pass, so here it counts.
+    return lambda: augment(Batch((images[None],), samples, draws=drawer.draw(samples)), device).views[0]
 
 
 def kornia_pass(images: Tensor, view: ViewConfig, device: torch.device) -> Callable[[], Tensor]:
