@@ -7,14 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from benchmarks import frame
+from benchmarks import frame, step
 from benchmarks.frame import (
     Budget,
     Options,
@@ -28,7 +29,10 @@ from benchmarks.frame import (
     spread,
     take_turns,
 )
-from dist_contrastive.config import UserError
+from dist_contrastive.config import BatchConfig, UserError
+from dist_contrastive.recipes import build_recipe
+from dist_contrastive.step.memory_plan import example
+from dist_contrastive.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -227,3 +231,22 @@ def test_mistakes_are_refused_before_anything_is_measured(tmp_path: Path) -> Non
     (tmp_path / "example.json").touch()
     with pytest.raises(UserError, match="has a record already"):
         start(["--out", str(tmp_path)])
+
+
+def test_a_steps_time_is_given_to_its_parts() -> None:
+    config = replace(build_recipe("photos"), batch=BatchConfig(size=8))
+    trainer = Trainer(config, Accelerator(cpu=True), steps_per_epoch=10, dataset_sha256="")
+    batch = example(config, 8)
+    trainer.update(batch)
+    sections = step.Sections(torch.device("cpu"))
+    start = time.perf_counter()
+    with step.instrumented(trainer, sections), sections.section(step.REST):
+        trainer.update(batch)
+    took = time.perf_counter() - start
+    parts = (step.AUGMENTATION, step.ENCODER, step.LOSS, step.OPTIMIZER, step.REST)
+    assert all(sections.seconds[part] > 0 for part in parts), sections.seconds
+    assert sections.seconds[step.WAIT] == sections.seconds[step.COMMUNICATION] == 0
+    assert 0.5 * took < sum(sections.seconds.values()) <= took, "a part within another one counts once"
+    before = sum(sections.seconds.values())
+    trainer.update(batch)
+    assert sum(sections.seconds.values()) == before, "outside of the context nothing is timed"
