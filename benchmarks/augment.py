@@ -47,7 +47,8 @@ IMAGES, TRAFFIC, SHARE, BANDWIDTH = (
     "% of the copy's bandwidth",
     "GB/s, read and written",
 )
-OURS, KORNIA, TORCHVISION, COPY = "ours", "kornia", "torchvision v2, image by image", "copy"
+OURS, DRAWING = "ours", "ours, drawing included"
+KORNIA, TORCHVISION, COPY = "kornia", "torchvision v2, image by image", "copy"
 GB = 1e9
 COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 """Far more than the caches hold."""
@@ -94,13 +95,18 @@ class Images(torch.utils.data.Dataset[Tensor]):
         return self.transform(self.images[position])
 
 
-def our_pass(images: Tensor, view: ViewConfig, device: torch.device) -> Callable[[], Tensor]:
-    """Of `images` uint8 [N, S, S, 3] on `device`."""
-    config, numbers = AugmentConfig((view,)), torch.arange(len(images))
+def our_passes(images: Tensor, view: ViewConfig, device: torch.device) -> dict[str, Callable[[], Tensor]]:
+    """Of `images` uint8 [N, S, S, 3] on `device`: with what the loader's threads have drawn before, as in training, and with
+    drawing it, as the others do within their passes."""
+    config = AugmentConfig((view,))
     augment, drawer = Augment(config), Drawer(config, seed=0)
+    numbers = torch.arange(len(images))
     samples = Samples(torch.zeros_like(numbers), numbers, epoch=0)
-    # In training what is drawn is there already: the loader's threads do it. The others draw within the pass, so here it counts.
-    return lambda: augment(Batch((images[None],), samples, draws=drawer.draw(samples)), device).views[0]
+    batch = Batch((images[None],), samples, draws=drawer.draw(samples))
+    return {
+        OURS: lambda: augment(batch, device).views[0],
+        DRAWING: lambda: augment(replace(batch, draws=drawer.draw(samples)), device).views[0],
+    }
 
 
 def kornia_pass(images: Tensor, view: ViewConfig, device: torch.device) -> Callable[[], Tensor]:
@@ -165,16 +171,16 @@ def measure(shape: str, command: Command, device: torch.device, budget: Budget, 
     view = replace(ViewConfig(), blur=command.blur)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (num_images, side, side, 3), dtype=torch.uint8, generator=generator).to(device)
-    run_ours = our_pass(images, view, device)
     copy, copied = copy_pass(device)
-    contenders: dict[str, Callable[[], object]] = {OURS: run_ours}
+    ours = our_passes(images, view, device)
+    contenders: dict[str, Callable[[], object]] = {**ours}
     if record.has_peer("kornia", "kornia.augmentation"):
         contenders[KORNIA] = kornia_pass(images, view, device)
     contenders[TORCHVISION] = torchvision_epoch(images, view, command.workers or len(os.sched_getaffinity(0)))
     contenders[COPY] = copy
     times = timed_turns(contenders, device, command.rounds, at_least_s=MIN_S, at_most_s=CASE_S, budget=budget)
     bandwidth = [copied / took / GB for took in times.pop(COPY)]
-    moved = images.nbytes + run_ours().nbytes
+    moved = images.nbytes + ours[OURS]().nbytes
     for name, values in times.items():
         record.add(case, name, IMAGES, [num_images / took for took in values])
         traffic = [moved / took / GB for took in values]

@@ -1,8 +1,8 @@
 """`python -m benchmarks.loader`: how many images a second does the loader give, and what does it take to do so?
 
-Random views of a packed dataset, without any further augmentation, side by side: this package's loader, FFCV's own `Loader`
-with one `RandomResizedCropRGBImageDecoder` pipeline for each view, torchvision's `DataLoader` over PIL images, and the same
-with lightly's transform (its crops alone); the last two on fewer samples, being slower. Cases: `small`, two views of 32 pixels
+Random views of a packed dataset, without any further augmentation, side by side: this package's loader (on a GPU also with all
+images on it), FFCV's own `Loader` with one `RandomResizedCropRGBImageDecoder` pipeline for each view, torchvision's `DataLoader`
+over PIL images, and the same with lightly's transform (its crops alone); the last two on fewer samples, being slower. Cases: `small`, two views of 32 pixels
 of a dataset of raw pixels (CIFAR-10; the demo's patches where that is not there); `photographs`, two views of 224 pixels from
 JPEGs of about 300, cut from the embedded photographs; `multicrop`, eight views of 96 pixels beside them, as DINO cuts them.
 
@@ -44,6 +44,7 @@ from benchmarks.frame import (
     at_least,
     bars,
     begin,
+    choose_device,
     comparison,
     only_known,
     seconds,
@@ -57,6 +58,7 @@ from dist_contrastive.data.crops import make_scratch
 from dist_contrastive.data.format import TEST, TRAIN
 from dist_contrastive.data.loader import Loader
 from dist_contrastive.data.packing import write_dataset
+from dist_contrastive.data.resident import ResidentLoader
 from dist_contrastive.data.sources import PHOTOS, Sample, Source, open_source, read_photo
 from dist_contrastive.rendezvous import fair_cores
 
@@ -64,7 +66,7 @@ QUESTION = "how many images a second does the loader give, and what does it take
 IMAGES, CROPS = "images/s", "crops/s"
 FIRST, RESIDENT, SCRATCH = "s to the first batch", "MB resident", "MB of scratch"
 OURS, FFCV, TORCHVISION, LIGHTLY = "ours", "FFCV", "torchvision, PIL", "lightly"
-UNCOMPILED = "ours, nothing compiled yet"
+ON_DEVICE, UNCOMPILED = "ours, images on the device", "ours, nothing compiled yet"
 PHOTOGRAPH_SIDES = (256, 344)
 """Pixels; both sides are drawn from it."""
 MB = 1e6
@@ -185,6 +187,15 @@ def our_epochs(case: Case, dataset: Dataset, threads: int) -> Epochs:
     return lambda epoch: map(len, loader.epoch(epoch))
 
 
+def resident_epochs(case: Case, dataset: Dataset, threads: int) -> Epochs:
+    """Ours with all images decoded on the device, where they are cut."""
+    data, share = DataConfig(image_size=case.groups[0].size), Share(case.batch)
+    loader = ResidentLoader(
+        dataset, data, AugmentConfig(case.groups), seed=0, share=share, threads=threads, device=choose_device("auto")
+    )
+    return lambda epoch: map(len, loader.epoch(epoch))
+
+
 def ffcv_loader(case: Case, dataset: Dataset, threads: int) -> Any:
     """One pipeline for each view, random order, the file mapped."""
     # Not at the top: where FFCV is missing, opening the dataset has said so in one line.
@@ -241,6 +252,7 @@ def lightly_epochs(case: Case, dataset: Dataset, threads: int) -> Epochs:
 
 CONTENDERS: dict[str, Callable[[Case, Dataset, int], Epochs]] = {
     OURS: our_epochs,
+    ON_DEVICE: resident_epochs,
     FFCV: ffcv_epochs,
     TORCHVISION: torchvision_epochs,
     LIGHTLY: lightly_epochs,
@@ -312,7 +324,7 @@ def measure_rates(
 
     def rate(run: Epochs) -> float:
         given: list[int] = []
-        took = seconds(lambda: given.append(sum(run(next(numbers)))), torch.device("cpu"))
+        took = seconds(lambda: given.append(sum(run(next(numbers)))), choose_device("auto"))
         return given[0] / took
 
     epochs = {name: CONTENDERS[name](case, dataset, threads) for name in names}
@@ -355,6 +367,10 @@ def measure(name: str, path: Path, command: Command, budget: Budget, record: Rec
     )
     threads = command.threads or fair_cores()
     names = [OURS, FFCV]
+    if choose_device("auto").type == "cuda":
+        names.insert(1, ON_DEVICE)
+    else:
+        record.leave_out(ON_DEVICE, "there is no GPU")
     if case.slow_samples:
         names.append(TORCHVISION)
         if record.has_peer("lightly", "lightly.transforms"):

@@ -56,8 +56,9 @@ from dist_contrastive.config import BatchConfig, EncoderConfig, LaunchConfig, Tr
 from dist_contrastive.data.augment import to_normalized
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import TRAIN
-from dist_contrastive.data.loader import Loader, loader_of
+from dist_contrastive.data.loader import Loader
 from dist_contrastive.data.packing import write_dataset
+from dist_contrastive.data.resident import loader_of
 from dist_contrastive.data.sources import open_source
 from dist_contrastive.launch import connect
 from dist_contrastive.recipes import build_recipe
