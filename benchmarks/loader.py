@@ -2,9 +2,11 @@
 
 Random views of a packed dataset, without any further augmentation, side by side: this package's loader (on a GPU also with all
 images on it), FFCV's own `Loader` with one `RandomResizedCropRGBImageDecoder` pipeline for each view, torchvision's `DataLoader`
-over PIL images, and the same with lightly's transform (its crops alone); the last two on fewer samples, being slower. Cases: `small`, two views of 32 pixels
-of a dataset of raw pixels (CIFAR-10; the demo's patches where that is not there); `photographs`, two views of 224 pixels from
-JPEGs of about 300, cut from the embedded photographs; `multicrop`, eight views of 96 pixels beside them, as DINO cuts them.
+over PIL images, and the same with lightly's transform (its crops alone); the last two on fewer samples, being slower.
+
+Cases: `small`, two views of 32 pixels of a dataset of raw pixels (CIFAR-10; the demo's patches where that is not there);
+`photographs`, two views of 224 pixels from JPEGs of about 300, cut from the embedded photographs; `multicrop`, eight views of 96
+pixels beside them, as DINO cuts them.
 
 Images a second: each has an epoch to warm up (compiled code, worker processes, the file in memory), then they take turns.
 Memory and the time to the first batch: each in a fresh process; ours also where nothing is compiled yet.
