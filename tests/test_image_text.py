@@ -71,7 +71,7 @@ def test_a_batch_of_32768_pairs_holds_less_than_a_gigabyte(name: str, monkeypatc
     """Embeddings of 512 dimensions and their gradients included; the matrix of logits alone would have 4.3 GB."""
     method, size = built(name), 32768
     # Larger blocks, which hold more, are fewer. Tensors have no values, and count as what they would take.
-    monkeypatch.setattr(blocks, "MAX_PAIRS", 8 * blocks.MAX_PAIRS)
+    monkeypatch.setitem(blocks.PAIRS, "cpu", blocks.MAX_PAIRS["cpu"])
     with FakeTensorMode(allow_non_fake_inputs=True), TensorCount() as tensors:
         images, texts = (torch.empty(size, 512, requires_grad=True) for _ in range(2))
         samples = Samples(labels=torch.zeros(size), indices=torch.arange(size), epoch=0)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from dist_contrastive import distributed
@@ -163,7 +164,7 @@ PAIRWISE = {
 def test_many_blocks_give_what_one_gives(name: str, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for most in (1 << 20, pairs):
-        monkeypatch.setattr(blocks, "MAX_PAIRS", most)
+        monkeypatch.setitem(blocks.MAX_PAIRS, "cpu", most)
         anchors, others = (embeddings(2, 7, seed).flatten(0, 1).requires_grad_() for seed in (0, 1))
         loss = PAIRWISE[name](anchors, others)
         (3 * loss).backward()
@@ -190,11 +191,41 @@ def test_gradients_equal_finite_differences(name: str) -> None:
 
 
 def test_blocks_keep_memory_far_below_the_matrix_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "MAX_PAIRS", 1 << 16)
+    monkeypatch.setitem(blocks.MAX_PAIRS, "cpu", 1 << 16)
     rows = torch.randn(2048, 16, requires_grad=True)
     with TensorCount() as tensors:
         nt_xent(rows, rows, offset=0, num_views=2, temperature=0.2).backward()
     assert tensors.peak < 2048 * 2048  # bytes: a quarter of one matrix in float32
+
+
+@pytest.mark.parametrize(
+    ("device", "num_others", "expected"),
+    [
+        ("cpu", 256, 8192),
+        ("cpu", 8192, 256),  # 8 MiB
+        ("cpu", 131_072, 64),  # more, for the rows' sake
+        ("cpu", 1 << 20, 8),  # as far as that goes: 32 MiB
+        ("cpu", 1 << 30, 1),
+        ("cuda", 8192, 4096),
+        ("cuda", 131_072, 256),
+    ],
+)
+def test_a_block_has_what_its_device_likes(device: str, num_others: int, expected: int) -> None:
+    sizes = [rows.stop - rows.start for rows in blocks.blocks(10_000, num_others, torch.device(device))]
+    assert sizes[0] == expected
+    assert sum(sizes) == 10_000
+
+
+def test_131072_embeddings_on_a_cpu_take_less_than_a_gigabyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside themselves, their gradients included; the matrix of logits alone would have 69 GB."""
+    # Larger blocks, which hold more, are fewer. Tensors have no values, and count as what they would take.
+    for sizes in (blocks.PAIRS, blocks.MAX_PAIRS):
+        monkeypatch.setitem(sizes, "cpu", 1 << 26)
+    with FakeTensorMode():
+        rows = torch.empty(131_072, 128, requires_grad=True)
+        with TensorCount() as tensors:
+            nt_xent(rows, rows, offset=0, num_views=2, temperature=0.1).backward()
+    assert rows.nbytes < tensors.peak < 1e9
 
 
 LOSSES = {name: loss for name, loss in PAIRWISE.items() if name not in ("margin", "hardest")}

@@ -56,7 +56,7 @@ def test_many_blocks_give_what_one_gives(most: int, monkeypatch: pytest.MonkeyPa
     everyone = embeddings(9)
     results = []
     for pairs in (1 << 20, most):
-        monkeypatch.setattr(blocks, "MAX_PAIRS", pairs)
+        monkeypatch.setitem(blocks.MAX_PAIRS, "cpu", pairs)
         results.append(with_gradients(everyone[2:7], everyone, 2))
     for one, many in zip(*results, strict=True):
         assert torch.equal(one, many)
@@ -101,7 +101,7 @@ def test_float32_inside_autocast() -> None:
 
 
 def test_memory_stays_far_below_the_matrix_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "MAX_PAIRS", 1 << 16)
+    monkeypatch.setitem(blocks.MAX_PAIRS, "cpu", 1 << 16)
     rows = embeddings(2048, 16).requires_grad_()
     with TensorCount() as tensors:
         koleo(rows, rows, offset=0).backward()

@@ -169,7 +169,7 @@ def test_many_blocks_give_what_one_gives(most: int, monkeypatch: pytest.MonkeyPa
     weights = (torch.arange(len(rows)) % 3 != 0).float()
     results = []
     for pairs in (1 << 20, most):
-        monkeypatch.setattr(blocks, "MAX_PAIRS", pairs)
+        monkeypatch.setitem(blocks.MAX_PAIRS, "cpu", pairs)
         bias = sinkhorn_bias(rows, case.prototypes, temperature=EPSILON, iterations=3, weights=weights)
         entropies = assignment_entropies(rows, case.prototypes, bias=bias, temperature=EPSILON, weights=weights)
         results.append((*case.with_gradients(), bias, *entropies))
@@ -349,7 +349,7 @@ def test_ranks_give_the_results_of_the_whole_batch(num_ranks: int) -> None:
 
 def test_memory_stays_far_below_the_matrix_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     num_prototypes, num_samples = 65536, 512
-    monkeypatch.setattr(blocks, "MAX_PAIRS", 1 << 20)
+    monkeypatch.setitem(blocks.MAX_PAIRS, "cpu", 1 << 20)
     student = unit(2, num_samples // 2, seed=1).requires_grad_()
     targets, prototypes = unit(2, num_samples // 2, seed=3), unit(num_prototypes, seed=2).requires_grad_()
     rows = targets.flatten(0, 1)

@@ -74,7 +74,7 @@ def test_value_and_gradients_equal_the_papers_loops(offset: int) -> None:
 def test_many_blocks_give_what_one_gives(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for pairs in (1 << 20, most):
-        monkeypatch.setattr(blocks, "MAX_PAIRS", pairs)
+        monkeypatch.setitem(blocks.MAX_PAIRS, "cpu", pairs)
         inputs = Inputs(embeddings(5, seed=1), embeddings(9, seed=2))
         loss = inputs.loss(2)
         results.append([loss.detach(), *inputs.gradients(loss)])
@@ -111,7 +111,7 @@ def test_float32_inside_autocast() -> None:
 
 
 def test_memory_stays_far_below_the_matrix_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "MAX_PAIRS", 1 << 16)
+    monkeypatch.setitem(blocks.MAX_PAIRS, "cpu", 1 << 16)
     inputs = Inputs(embeddings(2048, 1), embeddings(2048, 2))
     with TensorCount() as tensors:
         inputs.loss(0).backward()

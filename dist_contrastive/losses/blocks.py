@@ -7,17 +7,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Pairs of one block: 8 MiB of float32. At SimCLR's 4096 samples the whole matrix would be 256 MiB, several times over.
-MAX_PAIRS = 1 << 21
+# Pairs of a block. At SimCLR's 4096 samples the whole matrix of float32 would be 256 MiB, several times over.
+PAIRS = {"cpu": 1 << 21, "cuda": 1 << 25}
+"""8 MiB, which a cache holds, and 128 MiB, which keep a GPU busy for longer than it takes to launch a block's dozen kernels."""
+MAX_PAIRS = {"cpu": 1 << 23, "cuda": 1 << 25}
+"""What a block may have so that it has `MIN_ROWS`."""
+MIN_ROWS = 64
+"""Fewer at a time, and a product waits for memory: over 131,072 prototypes 64 rows took half of the time of 16."""
 
 Accumulate = Callable[[Tensor, Tensor, slice, Tensor | None, Tensor | None], Tensor]
 """`accumulate(block, others, rows, of_block, of_others)` is the sum of a loss over the anchors `block` = anchors[rows], a
-scalar. It adds the sum's gradients to `of_block` and `of_others`, in place, where they are wanted."""
+scalar. It adds the sum's gradients to `of_block` and `of_others`, in place, where they are wanted. If all anchors are in the
+block and are the others, these are one tensor, which gets both."""
 
 
-def blocks(num_anchors: int, num_others: int) -> Iterator[slice]:
-    """Slices over the anchors of at most `MAX_PAIRS` pairs with `num_others` others, at least one anchor each."""
-    size = max(1, MAX_PAIRS // max(1, num_others))
+def blocks(num_anchors: int, num_others: int, device: torch.device) -> Iterator[slice]:
+    """Slices over the anchors: with `num_others` others about `PAIRS` pairs, `MAX_PAIRS` at most, at least one anchor each."""
+    kind = device.type if device.type in PAIRS else "cpu"
+    wanted = max(MIN_ROWS, PAIRS[kind] // max(1, num_others))
+    size = max(1, min(wanted, MAX_PAIRS[kind] // max(1, num_others)))
     for start in range(0, num_anchors, size):
         yield slice(start, min(num_anchors, start + size))
 
@@ -44,6 +52,9 @@ def of_products(loss: Callable[[Tensor, slice], Tensor], scale: float) -> Accumu
     ) -> Tensor:
         products = (block * scale) @ others.T
         value = loss(products, rows)
+        if of_block is not None and of_block is of_others:
+            of_block.addmm_(products + products.T, others, alpha=scale)
+            return value
         if of_block is not None:
             of_block.addmm_(products, others, alpha=scale)
         if of_others is not None:
@@ -87,18 +98,21 @@ class _MeanOverAnchors(torch.autograd.Function):
     def forward(ctx: Any, accumulate: Accumulate, anchors: Tensor, others: Tensor, grad_enabled: bool) -> Tensor:
         needs = [grad_enabled and ctx.needs_input_grad[1], grad_enabled and ctx.needs_input_grad[2]]
         total = anchors.new_zeros(())
-        of_anchors, of_others = (
-            torch.zeros_like(x) if needed else None for x, needed in zip((anchors, others), needs, strict=True)
-        )
-        for rows in blocks(len(anchors), len(others)):
-            of_block = None if of_anchors is None else of_anchors[rows]
+        slices = list(blocks(len(anchors), len(others), anchors.device))
+        are_one = others is anchors and len(slices) == 1
+        of_anchors = torch.zeros_like(anchors) if needs[0] else None
+        of_others = of_anchors if are_one else torch.zeros_like(others) if needs[1] else None
+        for rows in slices:
+            of_block = of_anchors if of_anchors is None or are_one else of_anchors[rows]
             total += accumulate(anchors[rows], others, rows, of_block, of_others)
-        ctx.save_for_backward(*(None if grad is None else grad.div_(len(anchors)) for grad in (of_anchors, of_others)))
+        ctx.save_for_backward(of_anchors, None if are_one else of_others)
+        ctx.num_anchors = len(anchors)
         return total / len(anchors)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        of_anchors, of_others = (None if grad is None else upstream[0] * grad for grad in ctx.saved_tensors)
+        share = upstream[0] / ctx.num_anchors
+        of_anchors, of_others = (None if grad is None else share * grad for grad in ctx.saved_tensors)
         return None, of_anchors, of_others, None
 
 
@@ -107,7 +121,7 @@ def mean_over_anchors(
 ) -> Float[Tensor, ""]:
     """The mean over anchors of a loss on all pairs (anchor, other), a float32 scalar with gradient for both.
 
-    Memory beside the embeddings: one or a few times `MAX_PAIRS` values, whatever n and m; work: as for the whole matrix,
+    Memory beside the embeddings: one or a few times `PAIRS` values, whatever n and m; work: as for the whole matrix,
     since the gradient is taken at once rather than by computing blocks again (as in Inf-CL, Cheng et al. 2024, section 4,
     with the gradient in the forward pass). It can be differentiated once.
 
@@ -117,6 +131,8 @@ def mean_over_anchors(
         others: [m, E] what each anchor is compared with.
     """
     with torch.autocast(anchors.device.type, enabled=False):
-        anchors, others = anchors.float(), others.float()
+        # What is one tensor stays one.
+        own = anchors.float()
+        anchors, others = own, own if others is anchors else others.float()
         loss: Tensor = _MeanOverAnchors.apply(accumulate, anchors, others, torch.is_grad_enabled())
         return loss

@@ -39,7 +39,7 @@ def koleo(anchors: Float[Tensor, "n e"], everyone: Float[Tensor, "m e"], *, offs
 def _nearest(anchors: Float[Tensor, "n e"], everyone: Float[Tensor, "m e"], offset: int) -> Int[Tensor, " n"]:
     """The row of `everyone`, other than its own, with which each anchor has the largest inner product."""
     found = []
-    for rows in blocks(len(anchors), len(everyone)):
+    for rows in blocks(len(anchors), len(everyone), anchors.device):
         own = torch.arange(offset + rows.start, offset + rows.stop, device=anchors.device)[:, None]
         products = anchors[rows] @ everyone.T
         found.append(products.scatter_(1, own, -torch.inf).argmax(1))

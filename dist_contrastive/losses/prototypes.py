@@ -49,7 +49,7 @@ class _CrossEntropy(torch.autograd.Function):
         )
         num_samples, num_views, _ = student.shape
         num_targets = targets.shape[1]
-        for rows in blocks(num_samples, len(prototypes) * max(num_views, num_targets)):
+        for rows in blocks(num_samples, len(prototypes) * max(num_views, num_targets), student.device):
             size = (rows.stop - rows.start, -1, len(prototypes))
             target = F.linear(targets[rows].flatten(0, 1), target_prototypes, bias)
             softmax_(target)
@@ -165,7 +165,7 @@ def sinkhorn_bias(
         bias = prototypes.new_zeros(len(prototypes))
         for iteration in range(iterations):
             mass = torch.full_like(bias, -torch.inf)
-            for rows in blocks(len(targets), len(prototypes)):
+            for rows in blocks(len(targets), len(prototypes), targets.device):
                 logits = F.linear(targets[rows], prototypes, bias)
                 if iteration > 0:  # at first no sample is scaled yet
                     logits.sub_(logits.logsumexp(1, keepdim=True))
@@ -205,7 +205,7 @@ def assignment_entropies(
         counted = targets.new_ones(len(targets)) if weights is None else (weights != 0).float()
         mass = torch.zeros_like(bias)
         entropy = bias.new_zeros(())
-        for rows in blocks(len(targets), len(prototypes)):
+        for rows in blocks(len(targets), len(prototypes), targets.device):
             assignments = F.linear(targets[rows], prototypes, bias)
             softmax_(assignments)
             mass += counted[rows] @ assignments
