@@ -2,13 +2,20 @@
 
 All of them are float32 scalars, means over this rank's anchors, computed a block of anchors at a time (`blocks`). Each block's
 gradient is written by hand and in place: it is the softmax over what an anchor is compared with, less its positives.
+
+NT-Xent, the queue's and the indexed loss have a second way, which a GPU takes where it is faster (`fused.fastest`): the
+log-sum-exp by a kernel, positives one by one.
 """
+
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dist_contrastive.losses.blocks import mean_over_anchors, of_products, softmax_
+from dist_contrastive.losses.fused import Tiles, fastest, log_sum_exp
 
 
 def nt_xent(
@@ -34,15 +41,27 @@ def nt_xent(
         temperature: divides the cosine similarities.
         decoupled: leave the positives out of the denominator (DCL, Yeh et al. 2022, equation 6).
     """
-    batch_size = len(anchors) // num_views
+    rest: dict[str, Any] = {
+        "offset": offset,
+        "num_views": num_views,
+        "temperature": temperature,
+        "decoupled": decoupled,
+    }
+    return fastest("NT-Xent", partial(_blocked_nt_xent, **rest), partial(_fused_nt_xent, **rest), anchors, everyone)
+
+
+def _blocked_nt_xent(
+    anchors: Tensor, everyone: Tensor, *, offset: int, num_views: int, temperature: float, decoupled: bool
+) -> Tensor:
     has_negative = len(everyone) > num_views
+    own_rows = torch.arange(offset, offset + len(anchors), device=anchors.device)
+    of_views = own_rows.unflatten(0, (num_views, -1))
+    all_positives = torch.stack([of_views.roll(-view, 0).flatten() for view in range(1, num_views)], 1)
 
     def loss(logits: Tensor, rows: slice) -> Tensor:
-        row = torch.arange(rows.start, rows.stop, device=logits.device)[:, None]
-        views = torch.arange(1, num_views, device=logits.device)
-        positives = offset + (row + views * batch_size) % len(anchors)
+        positives = all_positives[rows]
         pulled = logits.gather(1, positives).mean(1)
-        logits.scatter_(1, offset + row, -torch.inf)
+        logits.scatter_(1, own_rows[rows, None], -torch.inf)
         if decoupled:
             logits.scatter_(1, positives, -torch.inf)
             if not has_negative:
@@ -52,6 +71,31 @@ def nt_xent(
         return (pushed - pulled).sum()
 
     return mean_over_anchors(of_products(loss, 1 / temperature), anchors, everyone)
+
+
+def _fused_nt_xent(
+    anchors: Tensor,
+    everyone: Tensor,
+    *,
+    tiles: Tiles,
+    offset: int,
+    num_views: int,
+    temperature: float,
+    decoupled: bool,
+) -> Tensor:
+    own = everyone[offset : offset + len(anchors)].float().unflatten(0, (num_views, -1))
+    positives = sum((own.roll(view, 0) for view in range(2, num_views)), own.roll(1, 0)) / (num_views - 1)
+    pulled = (anchors.float() * positives.flatten(0, 1)).sum(1) / temperature
+    pushed = log_sum_exp(
+        anchors,
+        everyone,
+        scale=1 / temperature,
+        tiles=tiles,
+        excluded="sample" if decoupled else "itself",
+        offset=offset,
+        num_views=num_views,
+    )
+    return (pushed - pulled).mean()
 
 
 def supervised(
@@ -105,7 +149,18 @@ def queue_nce(
         queue: [K, E] of unit length: the negatives of all queries.
         temperature: divides the cosine similarities.
     """
-    keys = keys.detach().float()
+    rest: dict[str, Any] = {"keys": keys.detach(), "temperature": temperature}
+    return fastest(
+        "the queue's loss",
+        partial(_blocked_queue_nce, **rest),
+        partial(_fused_queue_nce, **rest),
+        queries,
+        queue.detach(),
+    )
+
+
+def _blocked_queue_nce(queries: Tensor, queue: Tensor, *, keys: Tensor, temperature: float) -> Tensor:
+    keys = keys.float()
 
     def accumulate(
         block: Tensor, others: Tensor, rows: slice, of_block: Tensor | None, of_others: Tensor | None
@@ -121,7 +176,13 @@ def queue_nce(
             of_block.addcmul_((positive - both).expm1_()[:, None], keys[rows], value=1 / temperature)
         return (both - positive).sum()
 
-    return mean_over_anchors(accumulate, queries, queue.detach())
+    return mean_over_anchors(accumulate, queries, queue)
+
+
+def _fused_queue_nce(queries: Tensor, queue: Tensor, *, tiles: Tiles, keys: Tensor, temperature: float) -> Tensor:
+    positive = (queries.float() * keys).sum(1) / temperature
+    negative = log_sum_exp(queries, queue, scale=1 / temperature, tiles=tiles)
+    return (torch.logaddexp(positive, negative) - positive).mean()
 
 
 def indexed_nce(
@@ -137,7 +198,17 @@ def indexed_nce(
         positives: [n] the row of `candidates` that is each anchor's positive.
         temperature: divides the inner products.
     """
+    rest: dict[str, Any] = {"positives": positives, "temperature": temperature}
+    return fastest(
+        "the indexed loss",
+        partial(_blocked_indexed_nce, **rest),
+        partial(_fused_indexed_nce, **rest),
+        anchors,
+        candidates,
+    )
 
+
+def _blocked_indexed_nce(anchors: Tensor, candidates: Tensor, *, positives: Tensor, temperature: float) -> Tensor:
     def loss(logits: Tensor, rows: slice) -> Tensor:
         own = positives[rows, None]
         pulled = logits.gather(1, own).squeeze(1)
@@ -146,3 +217,11 @@ def indexed_nce(
         return (pushed - pulled).sum()
 
     return mean_over_anchors(of_products(loss, 1 / temperature), anchors, candidates)
+
+
+def _fused_indexed_nce(
+    anchors: Tensor, candidates: Tensor, *, tiles: Tiles, positives: Tensor, temperature: float
+) -> Tensor:
+    pulled = (anchors.float() * candidates.index_select(0, positives)).sum(1) / temperature
+    pushed = log_sum_exp(anchors, candidates, scale=1 / temperature, tiles=tiles)
+    return (pushed - pulled).mean()
