@@ -20,6 +20,7 @@ from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.compiled import announced_compilation
 from dist_contrastive.data.format import TRAIN
 from dist_contrastive.data.loader import Batches
+from dist_contrastive.data.ready import get_ready
 from dist_contrastive.data.resident import loader_of
 from dist_contrastive.evaluation.image_text import ImageTextRunner
 from dist_contrastive.evaluation.protocol import ProbeRunner
@@ -28,8 +29,6 @@ from dist_contrastive.methods import Method
 from dist_contrastive.methods.image_text import ImageText
 from dist_contrastive.metrics import MetricsLog, StepTimer, TimeSplit
 from dist_contrastive.progress import TrainingProgress, describe_scores, print_scores
-from dist_contrastive.report import write_report
-from dist_contrastive.report.collect import collect_report
 from dist_contrastive.run_folder import RunFolder
 from dist_contrastive.signals import Stopped
 from dist_contrastive.trainer import Trainer, build_method
@@ -135,13 +134,17 @@ class Run:
         self.config = config
         self.dataset = dataset
         self.folder = folder
-        self.trainer = Trainer(
-            config,
-            accelerator,
-            steps_per_epoch=steps_per_epoch(len(dataset.indices(TRAIN)), config.batch.size),
-            dataset_sha256=dataset.manifest.identity,
-            fewest=fewest,
-        )
+        say = print if distributed.is_main() else str
+        with announced_compilation(say), liveness.busy("builds the model and compiles the loader"):
+            ready = get_ready(dataset, config.augment, accelerator.device, distributed.local_rank())
+            self.trainer = Trainer(
+                config,
+                accelerator,
+                steps_per_epoch=steps_per_epoch(len(dataset.indices(TRAIN)), config.batch.size),
+                dataset_sha256=dataset.manifest.identity,
+                fewest=fewest,
+            )
+            ready.result()
         self.loader = loader_of(config, dataset, distributed.share_of(config.batch.size), accelerator.device)
         self.probe: ProbeRunner | None = None
         if config.probe.enabled:
@@ -446,6 +449,10 @@ class Run:
 
     def conclude(self) -> None:
         """The last probe, the encoder for others to use, the report, and DONE."""
+        # What draws takes seconds to import, and is needed once.
+        from dist_contrastive.report import write_report
+        from dist_contrastive.report.collect import collect_report
+
         config, trainer = self.config, self.trainer
 
         def seconds() -> dict[str, float]:

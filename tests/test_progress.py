@@ -60,4 +60,4 @@ def test_a_compilation_is_announced_once_and_only_where_there_is_one(tmp_path: P
         ).stdout
         for _ in range(2)
     ]  # fmt: skip
-    assert outputs == ["compiling the loader: about 20 s, the first time on this machine\n", ""]
+    assert outputs == ["compiling the loader and the augmentation: about 10 s, the first time on this machine\n", ""]

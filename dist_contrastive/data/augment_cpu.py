@@ -202,7 +202,7 @@ def augment_on_cpu(images: Tensor, draws: Tensor, mean: Sequence[float], std: Se
     out = torch.empty((num, side, side, 3))
     deviations = np.array(std)
     scale, shift = (1 / deviations).astype(np.float32), (-np.array(mean) / deviations).astype(np.float32)
-    arrays = images.numpy(), draws.numpy(), out.view(num, -1).numpy()
+    arrays = images.numpy(), draws.numpy(), out.flatten(1).numpy()
     parts = max(1, min(torch.get_num_threads(), num, num * side * side // MIN_PIXELS_A_THREAD))
     bounds = [num * k // parts for k in range(parts + 1)]
 

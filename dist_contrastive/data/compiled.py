@@ -1,7 +1,11 @@
-"""Compiled functions whose machine code is kept on disk, and the line that says that one is being compiled."""
+"""Compiled functions whose machine code is kept on disk, who compiles them, and the line that says that one is being compiled."""
 
-from collections.abc import Callable
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -30,12 +34,25 @@ class _Announcement(event.Listener):
     def on_start(self, event: event.Event) -> None:
         if not self._said:
             self._said = True
-            self._say("compiling the loader: about 20 s, the first time on this machine")
+            self._say("compiling the loader and the augmentation: about 10 s, the first time on this machine")
 
     def on_end(self, event: event.Event) -> None:
         pass
 
 
 def announced_compilation(say: Callable[[str], object]) -> AbstractContextManager[object]:
-    """Within it, `say` is called with one line when the loader has to be compiled: what one waits for then."""
+    """Within it, `say` is called with one line when something has to be compiled: what one waits for then."""
     return event.install_listener("numba:compile", _Announcement(say))
+
+
+def compile_in_turns(calls: Sequence[Callable[[], object]], first: int) -> None:
+    """Make `calls`, each of which compiles something that is kept on disk, from number `first` on, in a circle.
+
+    Of several processes of one user that do so at once, each with another `first`, no two compile the same: what one is at, the
+    others wait for, and then read.
+    """
+    for number in range(len(calls)):
+        turn = (first + number) % len(calls)
+        with (Path(tempfile.gettempdir()) / f"dist_contrastive-{os.getuid()}-{turn}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            calls[turn]()

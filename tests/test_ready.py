@@ -1,0 +1,52 @@
+"""What a run's data passes through is compiled before the first batch, and by one of the processes of a machine alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.runs import write_dataset
+
+ONE_PROCESS = """
+import json, sys
+from pathlib import Path
+import torch
+from dist_contrastive.batch import Share
+from dist_contrastive.config import AugmentConfig, DataConfig
+from dist_contrastive.data import augment_cpu, crops, draws
+from dist_contrastive.data.augment import Augment
+from dist_contrastive.data.beton import open_dataset
+from dist_contrastive.data.ready import get_ready
+from tests.betons import open_loader
+
+functions = {"crops": crops.crop_samples, "views": augment_cpu._augment, "draws": draws._draw, "boxes": crops._draw_boxes}
+
+def compiled():
+    return {name: sum(function.stats.cache_misses.values()) for name, function in functions.items()}
+
+cpu, augment = torch.device("cpu"), AugmentConfig()
+dataset = open_dataset(Path(sys.argv[1]))
+get_ready(dataset, augment, cpu, int(sys.argv[2])).result()
+before, signatures = compiled(), [len(function.signatures) for function in functions.values()]
+with open_loader(dataset, DataConfig(image_size=8), augment, share=Share(4)) as loader:
+    Augment(augment)(next(loader.epoch(0)), cpu)
+assert [len(function.signatures) for function in functions.values()] == signatures, "the first batch compiles"
+print(json.dumps(before))
+"""
+
+
+def test_of_two_processes_one_compiles_each_part_and_the_first_batch_finds_all_done(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path)
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_PROCESS, str(dataset), str(number)],
+            stdout=subprocess.PIPE, text=True, env=environment,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    first, second = map(json.loads, outputs)
+    assert {name: first[name] + second[name] for name in first} == dict.fromkeys(first, 1)
