@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from benchmarks.frame import Options, at_least, bars, begin
 from dist_contrastive.cli import main_guard
 from dist_contrastive.config import require
-from dist_contrastive.losses.infonce import indexed_nce
+from dist_contrastive.losses.infonce import paired_nce
 from dist_contrastive.losses.koleo import koleo
 from dist_contrastive.losses.prototypes import other_views, prototype_cross_entropy, sinkhorn_bias
 from dist_contrastive.losses.sigmoid import sigmoid_loss
@@ -192,9 +192,7 @@ def their_sinkhorn(x: Inputs, epsilon: float = EPSILON) -> Tensor:
 
 
 def our_clip(x: Inputs) -> Tensor:
-    scale, own = x["log_scale"].exp(), torch.arange(len(x["images"]))
-    to_text = indexed_nce(scale * x["images"], x["texts"], own, temperature=1.0)
-    return (to_text + indexed_nce(scale * x["texts"], x["images"], own, temperature=1.0)) / 2
+    return paired_nce(x["log_scale"].exp() * x["images"], x["texts"], offset=0)[0]
 
 
 def their_clip(x: Inputs) -> Tensor:

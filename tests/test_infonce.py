@@ -12,7 +12,7 @@ from dist_contrastive import distributed
 from dist_contrastive.batch import Samples
 from dist_contrastive.config import EncoderConfig
 from dist_contrastive.losses import blocks
-from dist_contrastive.losses.infonce import indexed_nce, nt_xent, queue_nce, supervised
+from dist_contrastive.losses.infonce import indexed_nce, nt_xent, paired_nce, queue_nce, supervised
 from dist_contrastive.losses.margin import margin_loss
 from dist_contrastive.methods.base import MethodSettings
 from dist_contrastive.methods.simclr import SimCLR, SimCLRConfig
@@ -125,27 +125,52 @@ def test_indexed_equals_the_papers_loops() -> None:
     assert loss.item() == pytest.approx(total / 4, rel=1e-5)
 
 
-def test_clips_loss_is_the_indexed_one_both_ways_with_a_learnt_scale() -> None:
+@pytest.mark.parametrize("pairs", [1 << 20, 20])
+def test_the_paired_loss_is_clips_with_a_learnt_scale(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Radford et al. 2021, figure 3: the scale is in the embeddings, and gets its gradient from there."""
+    monkeypatch.setitem(blocks.MAX_PAIRS, "cpu", pairs)
     images, texts = embeddings(1, 7)[0], embeddings(1, 7, seed=3)[0]
     own = torch.arange(7)
     results = []
     for dtype in (torch.float32, torch.float64):
         log_scale = torch.tensor(math.log(1 / 0.07), dtype=dtype, requires_grad=True)
         pair = [x.to(dtype, copy=True).requires_grad_() for x in (images, texts)]
-        scaled = [log_scale.exp() * x for x in pair]
         if dtype == torch.float32:
-            ways = [indexed_nce(scaled[i], pair[1 - i], own, temperature=1.0) for i in (0, 1)]
+            means = paired_nce(log_scale.exp() * pair[0], pair[1], offset=0)
         else:
-            logits = scaled[0] @ pair[1].T
-            ways = [F.cross_entropy(logits, own), F.cross_entropy(logits.T, own)]
-        loss = (ways[0] + ways[1]) / 2
-        loss.backward()
-        results.append([loss.detach(), log_scale.grad, *(x.grad for x in pair)])
+            logits = log_scale.exp() * pair[0] @ pair[1].T
+            ways = F.cross_entropy(logits, own), F.cross_entropy(logits.T, own)
+            means = ((ways[0] + ways[1]) / 2, *ways)
+        (3 * means[0]).backward()
+        results.append([*(mean.detach() for mean in means), log_scale.grad, *(x.grad for x in pair)])
     for found, expected in zip(*results, strict=True):
         assert found is not None
         assert expected is not None
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def paired_of_share(rank: int, images: np.ndarray, texts: np.ndarray) -> tuple[list[float], list[np.ndarray]]:
+    """This rank's loss and the two means, and the gradients at its share averaged as DDP does."""
+    share = len(images) // distributed.world_size()
+    mine = slice(rank * share, (rank + 1) * share)
+    pair = [torch.from_numpy(x[mine].copy()).requires_grad_() for x in (images, texts)]
+    means = paired_nce(5 * pair[0], distributed.gather_with_grad(pair[1]), offset=rank * share)
+    means[0].backward()
+    assert all(x.grad is not None for x in pair)
+    return [mean.item() for mean in means], [
+        x.grad.numpy() / distributed.world_size() for x in pair if x.grad is not None
+    ]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_find_the_partners_of_all(num_ranks: int) -> None:
+    images, texts = (embeddings(1, 8, seed)[0].numpy() for seed in (0, 3))
+    means, gradients = paired_of_share(0, images, texts)
+    shares = run_ranks(paired_of_share, num_ranks, images, texts)
+    np.testing.assert_allclose(np.mean([found for found, _ in shares], axis=0), means, rtol=1e-6)
+    for side in (0, 1):
+        found = np.concatenate([of_share[side] for _, of_share in shares])
+        np.testing.assert_allclose(found, gradients[side], rtol=1e-5, atol=1e-7)
 
 
 PAIRWISE = {
@@ -154,6 +179,7 @@ PAIRWISE = {
     "supervised": lambda a, o: supervised(a, o, torch.arange(14) % 3, offset=0, temperature=0.2),
     "queue": lambda a, o: queue_nce(a, o, o.flip(0), temperature=0.2),
     "indexed": lambda a, o: indexed_nce(a, o, torch.arange(14).flip(0), temperature=0.2),
+    "paired": lambda a, o: paired_nce(4 * a, o, offset=0)[0],
     "margin": lambda a, o: margin_loss(a, o, offset=0, num_views=2, margin=1.5),
     "hardest": lambda a, o: margin_loss(a, o, offset=0, num_views=2, margin=1.5, negatives="hardest"),
 }

@@ -4,7 +4,7 @@ All of them are float32 scalars, means over this rank's anchors, computed a bloc
 gradient is written by hand and in place: it is the softmax over what an anchor is compared with, less its positives.
 
 NT-Xent, the queue's and the indexed loss have a second way, which a GPU takes where it is faster (`fused.fastest`): the
-log-sum-exp by a kernel, positives one by one.
+log-sum-exp by a kernel, positives one by one. The loss of pairs, both ways, has more to keep: see there.
 """
 
 from functools import partial
@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dist_contrastive.losses.blocks import mean_over_anchors, of_products, softmax_
+from dist_contrastive.distributed import all_gather
+from dist_contrastive.losses.blocks import blocks, mean_over_anchors, of_products, softmax_
 from dist_contrastive.losses.fused import Tiles, fastest, log_sum_exp
 
 
@@ -225,3 +226,74 @@ def _fused_indexed_nce(
     pulled = (anchors.float() * candidates.index_select(0, positives)).sum(1) / temperature
     pushed = log_sum_exp(anchors, candidates, scale=1 / temperature, tiles=tiles)
     return (pushed - pulled).mean()
+
+
+class _Paired(torch.autograd.Function):
+    """The gradient is taken in the forward pass, once both denominators are known."""
+
+    @staticmethod
+    def forward(ctx: Any, anchors: Tensor, others: Tensor, offset: int, grad_enabled: bool) -> tuple[Tensor, ...]:
+        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[:2]]
+        slices = list(blocks(len(anchors), len(others), anchors.device))
+        own = torch.arange(offset, offset + len(anchors), device=anchors.device)
+        pulled, of_rows = torch.empty_like(anchors[:, 0]), torch.empty_like(anchors[:, 0])
+        of_columns = torch.full_like(others[:, 0], -torch.inf)
+        logits = anchors.new_empty(0)
+        for rows in slices:
+            logits = anchors[rows] @ others.T
+            pulled[rows] = logits.gather(1, own[rows, None]).squeeze(1)
+            of_rows[rows] = logits.logsumexp(1)
+            of_columns = torch.logaddexp(of_columns, logits.logsumexp(0))
+        of_columns = all_gather(of_columns[None]).logsumexp(0)
+        of_anchors, of_others = (
+            torch.zeros_like(x) if needed else None for x, needed in zip((anchors, others), needs, strict=True)
+        )
+        for rows in slices if any(needs) else []:
+            if len(slices) > 1:
+                logits = anchors[rows] @ others.T
+            both = (logits - of_columns).exp_()
+            both += logits.sub_(of_rows[rows, None]).exp_()
+            both.scatter_add_(1, own[rows, None], both.new_full((len(both), 1), -2.0))
+            if of_anchors is not None:
+                of_anchors[rows] = both @ others
+            if of_others is not None:
+                of_others.addmm_(both.T, anchors[rows])
+        ctx.save_for_backward(of_anchors, of_others)
+        ctx.num_terms = 2 * len(anchors)
+        means = (of_rows - pulled).mean(), (of_columns[own] - pulled).mean()
+        ctx.mark_non_differentiable(*means)
+        return (means[0] + means[1]) / 2, *means
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        share = upstream[0] / ctx.num_terms
+        of_anchors, of_others = (None if grad is None else share * grad for grad in ctx.saved_tensors)
+        return of_anchors, of_others, None, None
+
+
+def paired_nce(
+    anchors: Float[Tensor, "n e"], others: Float[Tensor, "m e"], *, offset: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
+    """InfoNCE both ways between the two of each pair, by inner products (CLIP, Radford et al. 2021, figure 3).
+
+    Each anchor is to find its partner among all ranks' others, each other its partner among all ranks' anchors. A rank computes
+    the products of its own anchors alone: of those of other ranks it gets, for each other, the logarithm of a sum, which is
+    all that the second denominator needs. So anchors are not gathered, and nothing is computed by two ranks. All call it
+    together, and take the same part of it into their loss.
+
+    Returns the mean of both ways, which has the gradient (of the sum of all ranks' means, what goes through this rank's anchors:
+    with `gather_with_grad` the average over ranks is the gradient of the global batch, as for other losses); then, to be
+    reported, the mean over this rank's anchors and the mean over their partners.
+
+    Memory beside the embeddings: a few times `blocks.PAIRS` values and two for each anchor and other, whatever n and m. Two
+    passes over the products, which one block keeps. It can be differentiated once.
+
+    Args:
+        anchors: [n, E] this rank's embeddings, with gradient; as many on each rank.
+        others: [m, E] all ranks' embeddings of what the anchors are paired with, in rank order, with gradient.
+        offset: the row of `others` at which the partners of this rank's anchors start.
+    """
+    with torch.autocast(anchors.device.type, enabled=False):
+        means: tuple[Tensor, Tensor, Tensor]
+        means = _Paired.apply(anchors.float(), others.float(), offset, torch.is_grad_enabled())
+        return means

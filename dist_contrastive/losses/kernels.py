@@ -9,6 +9,8 @@ Triton's own three ("tf32x3") are exact enough, but do not fit in the registers 
 comes as the sum of two float16, `high + low`, scaled to at most 1: 22 bits, and never worse than 2**-25 of the largest, which is
 float32's own rounding there. Of the products of two such sums low · low is beyond float32 and left out. Products of float16 are
 exact in float32, in which all sums, exponentials and logarithms are taken.
+
+Unmeasured: they run in Triton's interpreter, beside float64, and compile for sm_80 and sm_90; no GPU has run them yet.
 """
 
 from typing import no_type_check

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dist_contrastive import distributed
 from dist_contrastive.batch import Samples
 from dist_contrastive.config import require_positive
-from dist_contrastive.losses.infonce import indexed_nce
+from dist_contrastive.losses.infonce import paired_nce
 from dist_contrastive.methods.base import Embeddings, Losses, MethodSettings, Report
 from dist_contrastive.methods.image_text import ImageText, ImageTextConfig
 from dist_contrastive.schedules import Clock
@@ -47,11 +47,10 @@ class CLIP(ImageText[CLIPConfig]):
 
     def loss(self, embeddings: Embeddings, samples: Samples) -> Losses:
         images, texts = embeddings["z"][0], embeddings["text"][0]
-        own = torch.arange(len(images), device=images.device) + distributed.row_offset(len(images))
-        scale = self._held_scale().exp()
-        of_images = indexed_nce(scale * images, distributed.gather_with_grad(texts), own, temperature=1.0)
-        of_texts = indexed_nce(scale * texts, distributed.gather_with_grad(images), own, temperature=1.0)
-        return {"loss": (of_images + of_texts) / 2, "of_images": of_images, "of_texts": of_texts}
+        everyones = distributed.gather_with_grad(texts)
+        offset = distributed.row_offset(len(images))
+        loss, of_images, of_texts = paired_nce(self._held_scale().exp() * images, everyones, offset=offset)
+        return {"loss": loss, "of_images": of_images, "of_texts": of_texts}
 
     def _held_scale(self) -> Tensor:
         """The logarithm of the scale [1], at most that of the largest; its gradient is that of one without a limit, or it would
