@@ -21,7 +21,7 @@ from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar, cast
 
 import psutil
 import torch
@@ -33,8 +33,9 @@ from dist_contrastive.atomic import write_atomic
 from dist_contrastive.cli import parse, speaks_for_host
 from dist_contrastive.config import UserError, require
 from dist_contrastive.launch import source_commit
-from dist_contrastive.preflight import launched_ranks
+from dist_contrastive.preflight import PRECISIONS, launched_ranks
 from dist_contrastive.report.style import BLUE, CLASS_COLORS, GREY, STYLE, WIDTH, new_figure
+from dist_contrastive.simulate import Precision
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "benchmarks" / "records"
@@ -86,6 +87,17 @@ def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
     if asked == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def choose_precision(asked: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:
+    """What `auto` stands for: what `accelerate launch` was told, if anything; else 16 bits on a GPU, bf16 where it has that, and
+    fp32 on processors."""
+    if asked != "auto":
+        return asked
+    launched = PRECISIONS.get(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "fp32")
+    if launched != "fp32" or device.type == "cpu":
+        return cast(Precision, launched)
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -255,7 +267,9 @@ class Peak:
         total = 0
         for child in self._process.children(recursive=True):
             with suppress(psutil.Error):
-                total += child.memory_full_info().uss
+                # Until a new process runs its own program, its memory is that of its parent (vfork).
+                if time.time() - child.create_time() > 0.2:
+                    total += child.memory_full_info().uss
         return total
 
     def _watch(self) -> None:
@@ -401,34 +415,33 @@ def _json_value(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def comparison(record: Record, metrics: Sequence[str], reference: str, *, digits: int = 3) -> str:
+def comparison(record: Record, metrics: Sequence[str], reference: str | None, *, digits: int = 3) -> str:
     """Markdown: a row for each case and contender: median (min to max) of each metric, and the first metric beside that of the
-    `reference` in the same rounds.
+    `reference`, if there is one, in the same rounds.
 
     A number that is not measured says so.
     """
-    lines = [
-        f"| case | contender | {' | '.join(metrics)} | {metrics[0]} ÷ {reference} | rounds |",
-        f"|{'---|' * (len(metrics) + 4)}",
-    ]
+    ratio_heading = [f"{metrics[0]} ÷ {reference}"] if reference else []
+    headings = ["case", "contender", *metrics, *ratio_heading, "rounds"]
+    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
     pairs = dict.fromkeys((one.case, one.contender) for one in record.series if one.metric in metrics)
     for case, contender in pairs:
-        cells, ratio, rounds = [], "", 0
-        for metric in metrics:
-            found = {one.contender: one for one in record.of(metric, case)}
-            mine = found.get(contender)
-            if mine is None:
-                cells.append("")
-                continue
-            kind = "" if mine.kind == "measured" else f", {mine.kind}"
-            cells.append(f"{spread(mine.values).format(digits)}{kind}")
-            if metric == metrics[0]:
-                rounds = len(mine.values)
-                other = found.get(reference)
-                if other is not None and other.kind == mine.kind and len(other.values) == rounds:
-                    ratio = spread(ratios(mine.values, other.values)).format(digits)
-        lines.append(f"| {case} | {contender} | {' | '.join(cells)} | {ratio} | {rounds or ''} |")
+        of_case = {(one.contender, one.metric): one for one in record.series if one.case == case}
+        found = [of_case.get((contender, metric)) for metric in metrics]
+        cells = [_cell(one, digits) for one in found]
+        if reference:
+            first, other = found[0], of_case.get((reference, metrics[0]))
+            comparable = first and other and first.kind == other.kind and len(first.values) == len(other.values)
+            cells.append(spread(ratios(first.values, other.values)).format(digits) if comparable else "")  # type: ignore[union-attr]
+        rounds = max(len(one.values) for one in found if one)
+        lines.append(f"| {' | '.join([case, contender, *cells, str(rounds)])} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(one: Series | None, digits: int) -> str:
+    if one is None:
+        return ""
+    return f"{spread(one.values).format(digits)}{'' if one.kind == 'measured' else f', {one.kind}'}"
 
 
 def bars(record: Record, metric: str) -> Figure:

@@ -40,6 +40,7 @@ from benchmarks.frame import (
     bars,
     begin,
     choose_device,
+    choose_precision,
     comparison,
     only_known,
     ratios,
@@ -108,7 +109,7 @@ class Command(Turns):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto takes what `accelerate launch` was told (fp32 if nothing)."""
+    """auto: what `accelerate launch` was told; else 16 bits on a GPU and fp32 on processors."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,7 +130,9 @@ def config_of(name: str, command: Command, data: Path, device: torch.device) -> 
         data=replace(base.data, path=data),
         encoder=encoder,
         batch=BatchConfig(size=batch),
-        launch=LaunchConfig(device="cuda" if device.type == "cuda" else "cpu", precision=command.precision),
+        launch=LaunchConfig(
+            device="cuda" if device.type == "cuda" else "cpu", precision=choose_precision(command.precision, device)
+        ),
     )
 
 
@@ -324,13 +327,18 @@ def lightly_turns(
     return turn
 
 
+def known_peak(gpu: str, precision: str) -> float | None:
+    """TFLOP/s of a GPU by the name that its driver gives it."""
+    words = gpu.replace("-", " ").split()
+    return next((peaks.get(precision) for name, peaks in PEAK_TFLOPS.items() if name in words), None)
+
+
 def peak_tflops(device: torch.device, precision: str) -> tuple[float, str]:
     """Of one rank's device in TFLOP/s, and where it comes from."""
-    if device.type == "cuda":
-        words = torch.cuda.get_device_name(device).replace("-", " ").split()
-        for name, peaks in PEAK_TFLOPS.items():
-            if name in words and precision in peaks:
-                return peaks[precision], f"{name}'s data sheet"
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = known_peak(gpu, precision)
+    if peak is not None:
+        return peak, f"the data sheet of {gpu}"
     size = MATRIX[device.type]
     one = torch.randn(size, size, device=device, dtype=DTYPES.get(precision, torch.float32))
     best = min(seconds(lambda: one @ one, device) for _ in range(5))

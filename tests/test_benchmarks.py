@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from benchmarks import frame, step
+from benchmarks import frame, scaling, step
 from benchmarks.frame import (
     Budget,
     Options,
@@ -31,6 +31,7 @@ from benchmarks.frame import (
 )
 from dist_contrastive.config import BatchConfig, UserError
 from dist_contrastive.recipes import build_recipe
+from dist_contrastive.simulate import Collective, Place
 from dist_contrastive.step.memory_plan import example
 from dist_contrastive.trainer import Trainer
 
@@ -143,7 +144,7 @@ def test_a_peak_is_of_this_process_and_its_own_processes() -> None:
         with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as process:
             assert process.stdout
             process.stdout.readline()
-            time.sleep(0.3)
+            time.sleep(0.6)
             process.kill()
         del held
     assert 60 < peak.mb < 140
@@ -250,3 +251,34 @@ def test_a_steps_time_is_given_to_its_parts() -> None:
     before = sum(sections.seconds.values())
     trainer.update(batch)
     assert sum(sections.seconds.values()) == before, "outside of the context nothing is timed"
+
+
+def test_the_model_of_collectives() -> None:
+    link, hosts = scaling.Link(bandwidth=1e9, latency=1e-3), scaling.Link(bandwidth=1e6, latency=1e-2)
+    assert scaling.collective_s("allreduce", 8 * 10**9, 1, link) == 0
+    # 7/8 of 8 GB there and back, and three hops each way; a gather goes one way.
+    assert scaling.collective_s("allreduce", 8 * 10**9, 8, link) == pytest.approx(14 + 2 * 3e-3)
+    assert scaling.collective_s("allgather", 8 * 10**9, 8, link) == pytest.approx(7 + 3e-3)
+    place = Place("a.py", 1, "f")
+    collectives = [
+        Collective("allgather", 2, 8 * 10**9, place, None, False),
+        Collective("allreduce", 1, 0, place, None, True),
+    ]
+    assert scaling.communication_s(collectives, 8, link, hosts) == pytest.approx(2 * 7.003 + 0.06)
+    assert scaling.communication_s(collectives, 8, link, hosts, overlap=0.5) == pytest.approx(7.003 + 0.06)
+
+
+def test_a_link_is_that_of_its_probes() -> None:
+    link = scaling.Link(bandwidth=2e9, latency=1e-4)
+    probes = {str(size): scaling.collective_s("allreduce", size, 4, link) for size in scaling.PROBE_BYTES}
+    found = scaling.link_of(probes, 4)
+    assert found.bandwidth == pytest.approx(link.bandwidth, rel=1e-3)
+    assert found.latency == pytest.approx(link.latency, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "peak"),
+    [("Tesla T4", "fp16", 65), ("NVIDIA A100-SXM4-40GB", "bf16", 312), ("GTX 1080", "fp16", None)],
+)
+def test_peaks_of_gpus(gpu: str, precision: str, peak: float | None) -> None:
+    assert step.known_peak(gpu, precision) == peak
