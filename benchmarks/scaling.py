@@ -402,8 +402,8 @@ def assumptions(command: Command, mfu: float) -> str:
     h100, t4 = PEAK_TFLOPS["H100"]["bf16"], PEAK_TFLOPS["T4"]["fp16"]
     return (
         f"Projected with these assumptions: computation reaches {mfu:.0%} of a GPU's peak (as asked; as one GPU did here, where "
-        f"its peak is known; {ASSUMED_MFU:.0%} otherwise; H100 {h100:g} TFLOP/s in bf16, T4 {t4:g} in fp16), loader and augmentation "
-        f"hide behind it; {of('NVLink', NVLINK)}, {of('InfiniBand', INFINIBAND)}, questions between hosts "
+        f"its peak is known; {ASSUMED_MFU:.0%} otherwise; H100 {h100:g} TFLOP/s in bf16, T4 {t4:g} in fp16), loader and "
+        f"augmentation hide behind it; {of('NVLink', NVLINK)}, {of('InfiniBand', INFINIBAND)}, questions between hosts "
         f"{1e6 * HOSTS.latency:g} µs, behind which nothing hides; collectives are rings with a latency of log2(ranks) hops, "
         f"{command.overlap:.0%} of them behind computation. FLOP, bytes, collectives and memory of a rank are simulated: the "
         "real step on tensors without values, workspaces of libraries not included. Micro-batches of at most "
