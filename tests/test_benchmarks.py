@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from benchmarks import frame, scaling, step
+from benchmarks import all as everything
+from benchmarks import frame, scaling, step, time_to_accuracy
 from benchmarks.frame import (
     Budget,
     Options,
@@ -282,3 +283,82 @@ def test_a_link_is_that_of_its_probes() -> None:
 )
 def test_peaks_of_gpus(gpu: str, precision: str, peak: float | None) -> None:
     assert step.known_peak(gpu, precision) == peak
+
+
+def test_time_to_accuracy_accounts_for_warm_up_training_and_evaluation() -> None:
+    history = [{"epoch": n, "step": 10 * n, "knn_top1": score} for n, score in ((1, 0.3), (2, 0.6), (3, 0.5), (4, 0.7))]
+    entry = time_to_accuracy.reached(history, "knn_top1", 0.6)
+    assert entry == history[1]
+    assert time_to_accuracy.reached(history, "knn_top1", 0.8) is None
+    seconds = {
+        "start": 3.0,
+        "first_step": 2.0,
+        "training": 30.0,
+        "waiting_for_data": 6.0,
+        "checkpoints": 4.0,
+        "probes": 8.0,
+    }
+    assert time_to_accuracy.account({**seconds, "report": 9.0}, history, history[1]) == {
+        time_to_accuracy.TRAINING: 20.0,
+        time_to_accuracy.WARMUP: 5.0,
+        time_to_accuracy.EVALUATION: 4.0,
+        time_to_accuracy.EPOCHS: 2.0,
+    }
+
+
+def test_parts_without_enough_time_leave_it_to_the_others() -> None:
+    part = everything.Part
+    parts = {"a": part("a", 1.0, 20), "b": part("b", 1.0, 40), "c": part("c", 2.0, 600)}
+    assert everything.chosen(parts, 1200) == ["a", "b", "c"]
+    assert everything.chosen(parts, 1199) == ["a", "b"]
+    assert everything.chosen(parts, 79) == ["a"]
+    assert everything.chosen(parts, 19) == []
+
+
+def test_all_puts_records_on_one_page_and_says_what_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In place of the benchmarks, which take long, something that leaves records like theirs."""
+
+    def stand_in(words: Sequence[str], output: Path, limit_s: float) -> int | None:
+        output.write_text("said this\n")
+        name, folder = words[2].removeprefix("benchmarks."), Path(words[-1])
+        assert 0 < float(words[words.index("--minutes") + 1]) < 9
+        if name == "loss":
+            return 1
+        if name == "scaling":
+            return None
+        record = Record(
+            name, "how fast?", {}, folder, frame.hardware(torch.device("cpu")), "", {f"peer of {name}": "1.0"}
+        )
+        record.add("32 px", "ours", "images/s", [200.0, 300.0])
+        record.leave_out("the rest", "there was no time")
+        plot = {"speed": frame.bars(record, "images/s")}
+        record.write(f"How fast {name} is", comparison(record, ("images/s",), "ours"), plot)
+        return 0
+
+    monkeypatch.setattr(everything, "run", stand_in)
+    everything.main(["--minutes", "9", "--device", "cpu", "--out", str(tmp_path)])
+    page, found = (tmp_path / "README.md").read_text(), json.loads((tmp_path / "all.json").read_text())
+    links = re.findall(r"\]\((.*?)\)", page)
+    assert links == ["augment/speed.png", "step/speed.png", "loader/speed.png"]
+    assert all((tmp_path / link).exists() for link in links)
+    assert "## How fast augment is" in page
+    assert [(one["case"], one["values"]) for one in found["series"]] == [
+        (f"{name}: 32 px", [200.0, 300.0]) for name in ("augment", "step", "loader")
+    ]
+    assert found["versions"]["peer of step"] == "1.0"
+    assert set(found["left_out"]) == {
+        "time_to_accuracy is left out: it takes at least 600 s, more than its share of 9 min",
+        "loss is left out: it failed: said this",
+        "scaling is left out: it took longer than its share",
+        *(f"{name}: the rest is left out: there was no time" for name in ("augment", "step", "loader")),
+    }
+
+
+def test_a_benchmark_that_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    start = time.monotonic()
+    assert everything.run(["bash", "-c", "echo begins; sleep 60 & sleep 60"], tmp_path / "output.txt", 0.5) is None
+    assert time.monotonic() - start < 30
+    assert (tmp_path / "output.txt").read_text() == "begins\n"
+    assert everything.run(["bash", "-c", "exit 3"], tmp_path / "output.txt", 20) == 3
