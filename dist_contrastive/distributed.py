@@ -351,11 +351,11 @@ def all_gather(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     x = x.detach().contiguous()
-    parts = [torch.empty_like(x) for _ in range(world_size())]
+    everyone = x.new_empty((world_size() * len(x), *x.shape[1:]))
     _before_collective()
     arrive()
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
+    dist.all_gather_single(everyone, x)
+    return everyone
 
 
 def all_gather_rows(x: Tensor) -> Tensor:
@@ -374,18 +374,30 @@ def all_gather_rows(x: Tensor) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
+def reduce_scatter_sum(x: Tensor) -> Tensor:
+    """This rank's rows of the sum of `x` over ranks, in a new tensor: [W·n, ...] on each rank to [n, ...]; carries no gradient.
+
+    Of an all-reduce it is the first half, which sends half as much, and nobody holds the rows of others.
+    """
+    x = x.detach().contiguous()
+    if world_size() == 1:
+        return x.clone()
+    rows = x.new_empty((len(x) // world_size(), *x.shape[1:]))
+    _before_collective()
+    arrive()
+    dist.reduce_scatter_single(rows, x)
+    return rows
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.num_rows = len(x)
         return all_gather(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         # Every rank's loss depends on this rank's rows, so their gradient is the sum over all ranks' losses.
-        total = all_reduce_sum(grads[0])
-        start = row_offset(ctx.num_rows)
-        return total[start : start + ctx.num_rows]
+        return reduce_scatter_sum(grads[0])
 
 
 def gather_with_grad(x: Tensor) -> Tensor:

@@ -99,6 +99,25 @@ def test_all_gather_takes_even_shares_in_rank_order(num_ranks: int, transposed: 
         assert not requires_grad
 
 
+def sum_of_rows(rank: int, transposed: bool) -> tuple[np.ndarray, np.ndarray, bool]:
+    whole = weights(rank, distributed.world_size())
+    whole = (whole.T.contiguous().T if transposed else whole).requires_grad_()
+    rows = distributed.reduce_scatter_sum(whole)
+    return whole.detach().numpy(), rows.numpy(), rows.requires_grad
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_reduce_scatter_sum_gives_each_rank_its_rows_and_leaves_its_argument_alone(
+    num_ranks: int, transposed: bool
+) -> None:
+    total = np.sum([weights(rank, num_ranks).numpy() for rank in range(num_ranks)], 0)
+    for rank, (whole, rows, requires_grad) in enumerate(run_ranks(sum_of_rows, num_ranks, transposed)):
+        np.testing.assert_array_equal(whole, weights(rank, num_ranks).numpy())
+        np.testing.assert_allclose(rows, total[3 * rank : 3 * rank + 3], rtol=1e-5, atol=1e-6)
+        assert not requires_grad
+
+
 def sum_over_ranks(rank: int) -> tuple[np.ndarray, np.ndarray]:
     mine = rows_of(rank).requires_grad_()
     total = distributed.all_reduce_sum(mine.T)
