@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from timm.models import group_parameters
-from timm.optim import Lars
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from dist_contrastive import schedules
 from dist_contrastive.config import OptimConfig, TrainConfig, require
@@ -94,15 +94,95 @@ def set_rates(optimizer: torch.optim.Optimizer, config: OptimConfig, rate: float
         group["weight_decay"] = decay * group["decays"]
 
 
-def build_optimizer(config: OptimConfig, module: nn.Module, late: Late = ((), 0.0)) -> torch.optim.Optimizer:
-    """AdamW and SGD from torch, LARS from timm (You et al. 2017); the loop sets the rates at each step."""
+def build_optimizer(
+    config: OptimConfig, module: nn.Module, late: Late = ((), 0.0), *, fused: bool = True
+) -> torch.optim.Optimizer:
+    """AdamW, SGD or LARS; the loop sets the rates at each step.
+
+    `fused`: one kernel for all parameters, which takes from the device whether the update is to be done (`step_unless`).
+    DeepSpeed, which decides that on the host, takes AdamW and SGD without.
+    """
     groups = parameter_groups(module, config, late)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=(config.momentum, config.beta2))
+        return torch.optim.AdamW(groups, lr=0.0, betas=(config.momentum, config.beta2), fused=fused)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
-    # SimCLR (appendix B.6) adapts the rate of matrices and kernels alone. timm's LARS would adapt wherever there is
-    # weight decay, and so nowhere without any.
-    for group in groups:
-        group["always_adapt"] = group["decays"]
-    return Lars(groups, lr=0.0, momentum=config.momentum)
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=fused)
+    return Lars(groups, momentum=config.momentum)
+
+
+class Lars(torch.optim.Optimizer):
+    """Layer-wise adaptive rates (You et al. 2017): SGD with momentum, by gradients that are scaled tensor by tensor.
+
+    The gradient g of a tensor w, with weight decay λ, becomes (g + λw)·η·|w| / (|g| + λ|w|), or stays (g + λw) where |w| or |g|
+    is 0. As in SimCLR (appendix B.6) that is for matrices and kernels alone, the groups whose `decays` is set, and also without
+    weight decay. Gradients are used up.
+    """
+
+    _step_supports_amp_scaling = True
+    """It heeds what a loss scaler tells it (`found_inf`), as torch's fused optimizers do."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, momentum: float, trust: float = 0.001) -> None:
+        """`trust` is η."""
+        super().__init__(groups, {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0, "decays": True, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert closure is None
+        make_momentum(self)
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            gradients = [p.grad for p in parameters]
+            if not parameters:
+                continue
+            if group["decays"]:
+                self._adapt(parameters, gradients, group["weight_decay"], group["trust"])
+            sgd(
+                parameters,
+                gradients,
+                [self.state[p].get(MOMENTUM) for p in parameters],
+                fused=True,
+                found_inf=getattr(self, "found_inf", None),
+                weight_decay=0.0,
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
+
+    def _adapt(self, parameters: list[Tensor], gradients: list[Tensor], decay: float, trust: float) -> None:
+        """Scale the gradients, in place."""
+        of_weights, of_gradients = (torch.stack(torch._foreach_norm(x)) for x in (parameters, gradients))
+        ratios = trust * of_weights / (of_gradients + decay * of_weights)
+        ratios = ratios.where((of_weights > 0) & (of_gradients > 0), 1.0)
+        torch._foreach_add_(gradients, parameters, alpha=decay)
+        torch._foreach_mul_(gradients, ratios.unbind())
+
+
+MOMENTUM = "momentum_buffer"
+"""Under what name SGD and LARS keep what they keep."""
+
+
+def make_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give SGD and LARS a momentum of zero where there is none yet.
+
+    torch makes it in the first update, by the gradient; were that update left out, it would be whatever lay in memory.
+    """
+    for group in optimizer.param_groups:
+        if group.get("momentum"):
+            for parameter in group["params"]:
+                if MOMENTUM not in optimizer.state[parameter]:
+                    optimizer.state[parameter][MOMENTUM] = torch.zeros_like(parameter)
+
+
+def step_unless(optimizer: torch.optim.Optimizer, left_out: Tensor) -> None:
+    """Let an optimizer update that was built as `fused`, unless `left_out` (bool []) is true, for which no host waits.
+
+    An update that is left out changes neither parameters nor state, whatever the gradient is.
+    """
+    make_momentum(optimizer)
+    optimizer.grad_scale, optimizer.found_inf = None, left_out.float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]

@@ -24,6 +24,8 @@ GLOBAL_BATCH = 8
 PROJECTOR = HeadConfig(layers=2, hidden_size=32, output_size=16)
 TEXT = TextConfig(vocabulary=300, context=9, width=16, layers=2, heads=2)
 SIDE = 16
+DONE = torch.tensor(True)
+"""What `after_step` is told of an update that was done."""
 
 
 def small(name: str, projector: HeadConfig = PROJECTOR) -> MethodConfig:

@@ -28,7 +28,7 @@ from dist_contrastive.step.memory import TensorCount
 from tests import runs
 from tests.harness import RankError, run_ranks
 from tests.runs import tiny_config, train_on_rank, write_dataset
-from tests.steps import TEXT, build_from, clock_at, gradient_of, share_of_batch, step_gradient, with_small
+from tests.steps import DONE, TEXT, build_from, clock_at, gradient_of, share_of_batch, step_gradient, with_small
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 PROJECTOR = HeadConfig(layers=1, output_size=6)
@@ -102,7 +102,7 @@ def test_clips_scale_goes_no_further_than_a_hundred() -> None:
     beyond.backward()
     assert method.log_scale.grad is not None
     assert method.log_scale.grad.any(), "it can come back"
-    method.after_step(clock_at(), {})
+    method.after_step(clock_at(), {}, DONE)
     assert method.log_scale.item() == pytest.approx(math.log(100))
 
 

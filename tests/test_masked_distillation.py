@@ -20,7 +20,7 @@ from dist_contrastive.models.heads import PrototypeHead
 from dist_contrastive.models.masks import block_masks, masked_places, most_masked
 from dist_contrastive.rng import sample_keys
 from tests.harness import run_ranks
-from tests.steps import build_from, clock_at, gradient_of, share_of_batch, step_gradient
+from tests.steps import DONE, build_from, clock_at, gradient_of, share_of_batch, step_gradient
 
 VIT = EncoderConfig(name="vit_w96_d4", norm="group", dropout=0.1, drop_path=0.2)
 CROPS = 3
@@ -189,7 +189,7 @@ def step_on_rank(rank: int, name: str, micro: int) -> tuple[float, dict[str, np.
     """Loss, averaged gradient and the biases after a step with multi-crop, dropout and drop path."""
     method = built(name)
     outcome = step_gradient(method, micro).compute(share_of_batch(method, crops=CROPS), clock_at(step=20))
-    method.after_step(clock_at(step=21), outcome.embeddings)
+    method.after_step(clock_at(step=21), outcome.embeddings, DONE)
     loss = distributed.all_gather(outcome.losses["loss"][None]).mean().item()
     state = [x.flatten() for c in (method.centering, method.patch_centering) for x in c.buffers()]
     return loss, gradient_of(method), torch.cat(state).numpy()

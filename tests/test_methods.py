@@ -37,7 +37,7 @@ from tests.runs import (
     train_on_rank,
     write_dataset,
 )  # fmt: skip
-from tests.steps import build, clock_at, gradient_of, share_of_batch, step_gradient, teacher_of, with_small
+from tests.steps import DONE, build, clock_at, gradient_of, share_of_batch, step_gradient, student_of, teacher_of, with_small
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 
@@ -124,7 +124,7 @@ def test_a_teacher_gets_no_gradient_and_moves_only_after_a_step(name: str) -> No
     with torch.no_grad():
         for p in method.encoder.parameters():
             p.add_(1.0)
-    method.after_step(clock_at(0.25), outcome.embeddings)
+    method.after_step(clock_at(0.25), outcome.embeddings, DONE)
     # A share of the way to the student, the same for all parameters; which one is each method's own, and tested there.
     shares = []
     for n, p in method.encoder.named_parameters():
@@ -134,6 +134,24 @@ def test_a_teacher_gets_no_gradient_and_moves_only_after_a_step(name: str) -> No
     assert 0 < share.median() < 0.5
     torch.testing.assert_close(share, share.median().expand_as(share), rtol=1e-2, atol=1e-5)
     assert {f"teacher.{n}" for n in teacher.state_dict()} <= set(method.state_dict())
+
+
+@each_method
+def test_nothing_moves_after_an_update_that_was_left_out(name: str) -> None:
+    method = build(name, GROUP)
+    batch = share_of_batch(method)
+    embeddings = {key: value.detach() for key, value in method.embed_all(batch).items()}
+    method.settle(embeddings, clock_at(0.25))
+    method.after_step(clock_at(0.25), embeddings, DONE)
+    # A student that has moved on, and embeddings that are no numbers: what a step may leave whose update was left out.
+    with torch.no_grad():
+        for parameter in student_of(method).parameters():
+            parameter.add_(1.0)
+    before = copy.deepcopy(dict(method.named_buffers()) | dict(method.named_parameters()))
+    broken = {key: value * torch.nan if value.is_floating_point() else value for key, value in embeddings.items()}
+    method.after_step(clock_at(0.5), broken, ~DONE)
+    for key, value in [*method.named_buffers(), *method.named_parameters()]:
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, msg=key)
 
 
 def test_a_teachers_momentum_rises_to_one_on_a_cosine() -> None:

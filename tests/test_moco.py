@@ -19,7 +19,7 @@ from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.schedules import ema_momentum
 from tests.harness import run_ranks
 from tests.runs import tiny_config
-from tests.steps import GLOBAL_BATCH, SIDE, build, clock_at, share_of_batch, student_of, teacher_of
+from tests.steps import DONE, GLOBAL_BATCH, SIDE, build, clock_at, share_of_batch, student_of, teacher_of
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 BATCH = EncoderConfig(name="resnet10_w16", stem="small", norm="batch")
@@ -117,7 +117,7 @@ def queue_after(rank: int, num_steps: int) -> tuple[np.ndarray, int]:
     batch = share_of_batch(method)
     for step in range(num_steps):
         shifted = replace(batch, views=(batch.views[0] + step,))
-        method.after_step(clock_at(0.5), {name: x.detach() for name, x in method.embed_all(shifted).items()})
+        method.after_step(clock_at(0.5), {name: x.detach() for name, x in method.embed_all(shifted).items()}, DONE)
     return method.queue.numpy().copy(), int(method.queue_pointer)
 
 
@@ -149,12 +149,12 @@ def test_queue_pointer_and_teacher_come_back_from_the_state() -> None:
     method, restored = small_moco(), small_moco(seed=1)
     batch = share_of_batch(method)
     for _ in range(2):
-        method.after_step(clock_at(0.5), {name: x.detach() for name, x in method.embed_all(batch).items()})
+        method.after_step(clock_at(0.5), {name: x.detach() for name, x in method.embed_all(batch).items()}, DONE)
     restored.load_state_dict(method.state_dict())
     assert restored.queue_pointer == 2 * GLOBAL_BATCH
     losses = []
     for one in (method, restored):
-        one.after_step(clock_at(0.5), {name: x.detach() for name, x in one.embed_all(batch).items()})
+        one.after_step(clock_at(0.5), {name: x.detach() for name, x in one.embed_all(batch).items()}, DONE)
         losses.append(one.loss(one.embed_all(batch), batch.samples)["loss"].item())
     assert losses[0] == losses[1]
     assert torch.equal(restored.queue, method.queue)
@@ -172,7 +172,7 @@ def test_the_teacher_follows_with_its_papers_momentum(name: str, momentum: float
     with torch.no_grad():
         for p in student_of(method).parameters():
             p.add_(1.0)
-    method.after_step(clock_at(0.25), embeddings)
+    method.after_step(clock_at(0.25), embeddings, DONE)
     for mine, start, theirs in zip(teacher.parameters(), before, student_of(method).parameters(), strict=True):
         torch.testing.assert_close(mine, momentum * start + (1 - momentum) * theirs)
 

@@ -24,7 +24,7 @@ from tests.runs import (
     train_on_rank,
     write_dataset,
 )  # fmt: skip
-from tests.steps import build, clock_at, share_of_batch, student_of
+from tests.steps import DONE, build, clock_at, share_of_batch, student_of
 
 CONSTANT = OptimConfig(learning_rate=1e-2, warmup_epochs=1, schedule="constant")
 WSD = replace(CONSTANT, schedule="wsd", decay_epochs=1)
@@ -106,7 +106,7 @@ def test_what_a_step_takes_from_the_runs_length_is_the_teachers_momentum(name: s
             for parameter in student_of(method).parameters():
                 parameter.add_(0.1)
         embeddings = {key: value.detach() for key, value in method.embed_all(share_of_batch(method)).items()}
-        method.after_step(clock_at(progress), embeddings)
+        method.after_step(clock_at(progress), embeddings, DONE)
         states.append(method.state_dict())
         momenta.append(method.teacher_momentum(progress))
     equal = all(torch.equal(one, other) for one, other in zip(*(state.values() for state in states), strict=True))

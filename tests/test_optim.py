@@ -5,13 +5,14 @@ import math
 from typing import Literal
 
 import pytest
+import timm.optim
 import torch
 from torch import nn
 
 from dist_contrastive.config import EncoderConfig, HeadConfig, OptimConfig
 from dist_contrastive.models.encoders import build_encoder
 from dist_contrastive.models.heads import build_head
-from dist_contrastive.optim import build_optimizer, parameter_groups, peak_learning_rate
+from dist_contrastive.optim import build_optimizer, parameter_groups, peak_learning_rate, step_unless
 from dist_contrastive.schedules import learning_rate
 
 DECAY, RATE, TRUST = 0.5, 0.1, 0.001  # LARS's trust coefficient, You et al. 2017
@@ -70,6 +71,69 @@ def test_lars_adapts_matrices_and_leaves_biases_to_plain_momentum(decay: float) 
     trust = TRUST * t["w"].norm() / (t["gw"].norm() + decay * t["w"].norm())
     torch.testing.assert_close(t["w1"], t["w"] - RATE * trust * (t["gw"] + decay * t["w"]))
     torch.testing.assert_close(t["b1"], t["b"] - RATE * t["gb"])
+
+
+OPTIMIZERS: list[Literal["adamw", "sgd", "lars"]] = ["adamw", "sgd", "lars"]
+
+
+def conv_net() -> nn.Sequential:
+    """Of channels-last kernels, whose biggest is split among threads, and parameters of one axis and of one number."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 64, 5), nn.Linear(1, 1))
+    return module.to(memory_format=torch.channels_last)
+
+
+def give_gradients(module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Gradients and a rate that are functions of the step."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in module.parameters():
+        parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=generator))
+    for group in optimizer.param_groups:
+        group["lr"] = RATE * (step + 1)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("bad_step", [0, 1, 3])
+def test_an_update_that_is_left_out_changes_nothing_also_if_it_is_the_first(
+    name: Literal["adamw", "sgd", "lars"], bad_step: int
+) -> None:
+    modules = [conv_net() for _ in range(2)]
+    config = OptimConfig(name=name, weight_decay=DECAY)
+    optimizers = [build_optimizer(config, module) for module in modules]
+    for step in range(4):
+        for module, optimizer in zip(modules, optimizers, strict=True):
+            give_gradients(module, optimizer, step)
+            if step != bad_step:
+                step_unless(optimizer, torch.tensor(False))
+        if step == bad_step:
+            for parameter in modules[0].parameters():
+                parameter.grad = parameter.grad * (torch.nan if parameter.ndim > 1 else torch.inf)
+            step_unless(optimizers[0], torch.tensor(True))
+    for mine, its in zip(*(module.parameters() for module in modules), strict=True):
+        assert torch.equal(mine, its)
+        state, its_state = optimizers[0].state[mine], optimizers[1].state[its]
+        assert len(state) == len(its_state) > 0
+        assert all(torch.equal(state[key], its_state[key]) for key in state)
+
+
+@pytest.mark.parametrize("decay", [DECAY, 0.0])
+def test_lars_is_timms_over_several_updates(decay: float) -> None:
+    modules = [conv_net() for _ in range(2)]
+    for module in modules:
+        nn.init.zeros_(module[3].weight)  # type: ignore[arg-type]
+    config = OptimConfig(name="lars", weight_decay=decay)
+    groups = parameter_groups(modules[1], config)
+    for group in groups:
+        group["always_adapt"] = group["decays"]  # it would adapt wherever there is weight decay
+    mine = build_optimizer(config, modules[0])
+    timms = timm.optim.Lars(groups, lr=0.0, momentum=config.momentum)
+    for step in range(4):
+        give_gradients(modules[0], mine, step)
+        give_gradients(modules[1], timms, step)
+        step_unless(mine, torch.tensor(False))
+        timms.step()
+    for one, other in zip(*(module.parameters() for module in modules), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_momentum_is_what_the_config_says() -> None:

@@ -15,7 +15,7 @@ from dist_contrastive.config import EncoderConfig
 from dist_contrastive.methods import METHODS
 from dist_contrastive.methods.base import Method
 from tests.harness import run_ranks
-from tests.steps import build, clock_at, gradient_of, share_of_batch, step_gradient
+from tests.steps import DONE, build, clock_at, gradient_of, share_of_batch, step_gradient
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 BATCH = replace(GROUP, norm="batch")
@@ -88,7 +88,7 @@ def state_after_a_step(rank: int, name: str, micro: int) -> dict[str, np.ndarray
     """What a step changes without a gradient: centers, queues, the teacher."""
     method = build(name, GROUP)
     outcome = step_gradient(method, micro).compute(share_for(method, GROUP), clock_at(step=20))
-    method.after_step(clock_at(step=20), outcome.embeddings)
+    method.after_step(clock_at(step=20), outcome.embeddings, DONE)
     trained = {n for n, p in method.named_parameters() if p.requires_grad}
     return {n: value.numpy() for n, value in method.state_dict().items() if n not in trained}
 

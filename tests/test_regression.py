@@ -16,7 +16,7 @@ from dist_contrastive.methods.simsiam import SimSiam, SimSiamConfig
 from dist_contrastive.models.encoders import build_encoder
 from dist_contrastive.schedules import ema_momentum
 from tests.harness import run_ranks
-from tests.steps import build, clock_at, losses_of, share_of_batch, teacher_of
+from tests.steps import DONE, build, clock_at, losses_of, share_of_batch, teacher_of
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 BATCH = EncoderConfig(name="resnet10_w16", stem="small", norm="batch")
@@ -226,7 +226,7 @@ def test_the_teacher_moves_after_a_step_by_the_schedules_momentum(progress: floa
         for p in method.parameters():
             if p.requires_grad:
                 p.add_(1.0)
-    method.after_step(clock_at(progress), {})
+    method.after_step(clock_at(progress), {}, DONE)
     momentum = ema_momentum(progress, 0.996)
     found = list(teacher_of(method).parameters())
     for mine, before, theirs in zip(found, start, student_of(method), strict=True):

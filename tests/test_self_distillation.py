@@ -21,7 +21,7 @@ from dist_contrastive.run import train
 from dist_contrastive.schedules import Clock
 from tests.harness import run_ranks
 from tests.runs import tiny_config, write_dataset
-from tests.steps import build_from, clock_at, gradient_of, share_of_batch, step_gradient
+from tests.steps import DONE, build_from, clock_at, gradient_of, share_of_batch, step_gradient
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 CROPS = 3
@@ -90,7 +90,7 @@ def step_on_rank(rank: int, micro: int) -> tuple[float, dict[str, np.ndarray], n
     """Loss, averaged gradient and the center after a step with multi-crop, dropout included."""
     method = dino()
     outcome = step_gradient(method, micro).compute(share_of_batch(method, crops=CROPS), clock_at(step=20))
-    method.after_step(clock_at(step=21), outcome.embeddings)
+    method.after_step(clock_at(step=21), outcome.embeddings, DONE)
     loss = distributed.all_gather(outcome.losses["loss"][None]).mean().item()
     return loss, gradient_of(method), method.centering.get_buffer("center").numpy()
 
@@ -114,12 +114,12 @@ def test_the_center_follows_the_mean_of_the_teachers_logits_before_it_moves() ->
     embeddings = {name: value.detach() for name, value in method.embed_all(batch).items()}
     before = method.centering.get_buffer("center").clone()
     logits = embeddings["k"].flatten(0, 1) @ method.teacher_prototypes().T
-    method.after_step(clock_at(0.5), embeddings)
+    method.after_step(clock_at(0.5), embeddings, DONE)
     expected = 0.9 * before + 0.1 * logits.mean(0)
     torch.testing.assert_close(method.centering.get_buffer("center"), expected)
     off = dino(center_momentum=1.0)
     start = off.centering.get_buffer("center").clone()
-    off.after_step(clock_at(0.5), embeddings)
+    off.after_step(clock_at(0.5), embeddings, DONE)
     assert torch.equal(off.centering.get_buffer("center"), start)
 
 

@@ -15,7 +15,7 @@ from dist_contrastive.methods.swav import SwAV, SwAVConfig
 from dist_contrastive.models.centering import SinkhornKnopp
 from tests.harness import run_ranks
 from tests.runs import assert_same_state, newest_checkpoint, tiny_config, train_on_rank, write_dataset
-from tests.steps import GLOBAL_BATCH, build_from, clock_at, gradient_of, share_of_batch, step_gradient
+from tests.steps import DONE, GLOBAL_BATCH, build_from, clock_at, gradient_of, share_of_batch, step_gradient
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 CROPS = 3
@@ -77,7 +77,7 @@ def steps_on_rank(rank: int, micro: int) -> tuple[list[float], dict[str, np.ndar
         batch = share_of_batch(method, seed=step, crops=CROPS)
         outcome = step_gradient(method, micro).compute(batch, clock_at(step=step))
         losses.append(distributed.all_gather(outcome.losses["loss"][None]).mean().item())
-        method.after_step(clock_at(step=step + 1), outcome.embeddings)
+        method.after_step(clock_at(step=step + 1), outcome.embeddings, DONE)
     return losses, gradient_of(method), method.queue.numpy()
 
 
@@ -110,7 +110,7 @@ def test_the_queue_holds_the_last_steps_from_its_epoch_on_and_is_used_once_full(
     for step in range(9, 14):
         embeddings = {name: x.detach() for name, x in method.embed_all(share_of_batch(method, seed=step)).items()}
         method.settle(embeddings, clock_at(step=step))
-        method.after_step(clock_at(step=step + 1), embeddings)
+        method.after_step(clock_at(step=step + 1), embeddings, DONE)
         kept.append(embeddings["z"])
     # Epochs have ten steps, and the queue begins after one: it is full after steps 11 and 12.
     assert seen[::2] == [8, 8, 8, 24, 24]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar, get_args, get_origin
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from dist_contrastive import distributed
@@ -50,7 +51,8 @@ class Method(nn.Module, ABC, Generic[ConfigT]):
     3. `loss` sees the whole rank batch where it couples samples (`couples_samples`), else perhaps a micro-batch. It may use
        parameters beside the embeddings. The loss of a rank is the mean over the rank's own anchors, and what it gathers
        from other ranks carries gradient, so that the average over ranks is the gradient of the global batch.
-    4. `after_step`, once the optimizer has updated, moves the teacher and whatever else follows.
+    4. `after_step`, once the optimizer has updated, moves the teacher and whatever else follows; the device alone knows by then
+       whether there was an update to be followed.
 
     Attributes:
         teacher: follows encoder and projector; None where the config has no momentum for one.
@@ -154,14 +156,15 @@ class Method(nn.Module, ABC, Generic[ConfigT]):
         """In how many groups BatchNorm sees the samples of a forward pass of `num_samples`."""
         return 1
 
-    def after_step(self, clock: Clock, embeddings: Embeddings) -> None:
+    def after_step(self, clock: Clock, embeddings: Embeddings, done: Bool[Tensor, ""]) -> None:
         """Move the teacher, and whatever else follows, after an optimizer update.
 
-        `clock` counts the update; `embeddings` are its own, detached, of the whole rank batch.
+        `clock` counts the update; `embeddings` are its own, detached, of the whole rank batch. Where `done` is false, for
+        which no host may wait, the update was left out, the embeddings may be anything, and nothing moves.
         """
         momentum = self.teacher_momentum(clock.progress)
         if self.teacher and momentum is not None:
-            self.teacher.follow(self.encoder, self.projector, momentum)
+            self.teacher.follow(self.encoder, self.projector, momentum, done)
 
     def teacher_momentum(self, progress: float) -> float | None:
         """How much of itself the teacher keeps in `after_step` at `progress`; None where there is no teacher."""

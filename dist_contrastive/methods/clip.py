@@ -58,10 +58,10 @@ class CLIP(ImageText[CLIPConfig]):
         held = self.log_scale.clamp(max=math.log(LARGEST_SCALE))
         return self.log_scale + (held - self.log_scale).detach()
 
-    def after_step(self, clock: Clock, embeddings: Embeddings) -> None:
+    def after_step(self, clock: Clock, embeddings: Embeddings, done: Tensor) -> None:
         with torch.no_grad():
             self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
-        super().after_step(clock, embeddings)
+        super().after_step(clock, embeddings, done)
 
     def report(self, embeddings: Embeddings, *, logged: bool) -> Report:
         scale = self._held_scale().detach()[0].exp()

@@ -174,13 +174,14 @@ class MaskedDistillation(SelfDistillation[MaskedT], Generic[MaskedT]):
         of_patches = describe_collapse(*entropies, self.num_patch_prototypes)
         return f"of patches: {of_patches}" if of_patches else ""
 
-    def after_step(self, clock: Clock, embeddings: Embeddings) -> None:
+    def after_step(self, clock: Clock, embeddings: Embeddings, done: Tensor) -> None:
         self.patch_centering.follow(
             embeddings["patch_k"].flatten(0, 2),
             _of_patches(self.own_teacher.projector).prototypes().detach(),
+            done,
             embeddings["patch_weight"].flatten(),
         )
-        super().after_step(clock, embeddings)
+        super().after_step(clock, embeddings, done)
 
 
 def _of_patches(projector: nn.Module) -> PrototypeHead:

@@ -123,10 +123,10 @@ class MoCo(Method[MoCoConfig]):
     def teacher_momentum(self, progress: float) -> float:
         return self.config.momentum
 
-    def after_step(self, clock: Clock, embeddings: Embeddings) -> None:
-        super().after_step(clock, embeddings)
+    def after_step(self, clock: Clock, embeddings: Embeddings, done: Tensor) -> None:
+        super().after_step(clock, embeddings, done)
         keys = distributed.all_gather(embeddings["k"][0])
         # On the device, which the host would have to wait for to know the pointer.
-        places = torch.arange(len(keys), device=keys.device) + self.queue_pointer
-        self.queue.index_copy_(0, places % len(self.queue), keys)
-        self.queue_pointer.add_(len(keys)).remainder_(len(self.queue))
+        places = (torch.arange(len(keys), device=keys.device) + self.queue_pointer) % len(self.queue)
+        self.queue.index_copy_(0, places, keys.where(done, self.queue[places]))
+        self.queue_pointer.add_(done * len(keys)).remainder_(len(self.queue))

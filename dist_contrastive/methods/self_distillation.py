@@ -150,7 +150,7 @@ class SelfDistillation(Method[SelfDistillationT], Generic[SelfDistillationT]):
             return ""
         return describe_collapse(values["target_entropy"], values["mean_target_entropy"], self.config.prototypes)
 
-    def after_step(self, clock: Clock, embeddings: Embeddings) -> None:
+    def after_step(self, clock: Clock, embeddings: Embeddings, done: Tensor) -> None:
         # By the teacher that made these targets, before it moves.
-        self.centering.follow(embeddings["k"].flatten(0, 1), self.teacher_prototypes())
-        super().after_step(clock, embeddings)
+        self.centering.follow(embeddings["k"].flatten(0, 1), self.teacher_prototypes(), done)
+        super().after_step(clock, embeddings, done)

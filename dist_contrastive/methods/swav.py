@@ -154,10 +154,11 @@ class SwAV(Method[SwAVConfig]):
             return ""
         return describe_collapse(values["target_entropy"], values["mean_target_entropy"], self.config.prototypes)
 
-    def after_step(self, clock: Clock, embeddings: Embeddings) -> None:
+    def after_step(self, clock: Clock, embeddings: Embeddings, done: Tensor) -> None:
         steps = self.queued(clock)
         if self.config.queue and steps > 0:
             rows = distributed.all_gather(embeddings["z"].transpose(0, 1).contiguous()).transpose(0, 1)
             start = (steps - 1) * rows.shape[1] % self.config.queue
-            self.queue[:, start : start + rows.shape[1]] = rows
-        super().after_step(clock, embeddings)
+            part = self.queue[:, start : start + rows.shape[1]]
+            part.copy_(rows.where(done, part))
+        super().after_step(clock, embeddings, done)

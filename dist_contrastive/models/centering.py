@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dist_contrastive import distributed
@@ -34,9 +34,10 @@ class Centering(nn.Module, ABC):
         self,
         targets: Float[Tensor, "n e"],
         prototypes: Float[Tensor, "k e"],
+        done: Bool[Tensor, ""],
         weights: Float[Tensor, " n"] | None = None,
     ) -> None:
-        """Remember the targets of an update that was done."""
+        """Remember the targets of an update, if that was `done`."""
 
 
 class MeanCentering(Centering):
@@ -53,13 +54,13 @@ class MeanCentering(Centering):
     def settle(self, targets: Tensor, prototypes: Tensor, temperature: float, weights: Tensor | None = None) -> None:
         self.bias = -self.center / temperature
 
-    def follow(self, targets: Tensor, prototypes: Tensor, weights: Tensor | None = None) -> None:
+    def follow(self, targets: Tensor, prototypes: Tensor, done: Tensor, weights: Tensor | None = None) -> None:
         counted = targets.new_ones(len(targets)) if weights is None else (weights > 0).to(targets.dtype)
         sums = torch.cat([counted @ targets, counted.sum()[None]])
         sums = distributed.all_reduce_sum(sums)
         # The mean logits are those of the mean embedding.
         logits = prototypes @ (sums[:-1] / sums[-1].clamp(min=1))
-        self.center.lerp_(logits, 1 - self.momentum)
+        self.center.copy_(self.center.lerp(logits, 1 - self.momentum).where(done, self.center))
 
 
 class SinkhornKnopp(Centering):

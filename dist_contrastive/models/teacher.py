@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from dist_contrastive.models.base import Encoder, Features
@@ -43,8 +44,12 @@ class Teacher(nn.Module):
         self.projector.load_state_dict(projector.state_dict())
 
     @torch.no_grad()
-    def follow(self, encoder: nn.Module, projector: nn.Module, momentum: float) -> None:
-        """teacher = momentum · teacher + (1 - momentum) · student, for parameters; in float32, in place."""
+    def follow(self, encoder: nn.Module, projector: nn.Module, momentum: float, done: Bool[Tensor, ""]) -> None:
+        """teacher = momentum · teacher + (1 - momentum) · student, for parameters, if the update was `done`; in float32, in
+        place."""
+        # One kernel for all (`_foreach_lerp_`) takes no weight from the device, for which the host would have to wait.
+        share = torch.zeros(done.shape, device=done.device).masked_fill_(done, 1.0 - momentum)
         mine: list[Tensor] = [*self.encoder.parameters(), *self.projector.parameters()]
         theirs: list[Tensor] = [*encoder.parameters(), *projector.parameters()]
-        torch._foreach_lerp_(mine, theirs, 1.0 - momentum)
+        for own, other in zip(mine, theirs, strict=True):
+            own.lerp_(other, share)
