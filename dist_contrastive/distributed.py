@@ -1,6 +1,7 @@
 """Ranks and what they exchange. Every function is the identity at one rank, in the same code.
 
-Tensors of a step go over the process group of the launch (NCCL on GPUs), with its time-out. Messages (objects, questions,
+Tensors of a step go over the process group of the launch (NCCL on GPUs), with its time-out; gradients, for which nothing in a
+backward pass waits, over one of their own, so that nothing waits behind them. Messages (objects, questions,
 flags) go from host to host over a gloo group of their own: no GPU stands still for them, and as they may wait for what one
 rank does by itself for hours, their time-out is no bound on that; `liveness` is, which tells work from a rank that is lost.
 
@@ -81,22 +82,25 @@ def arrive() -> None:
 
 
 _messages: dist.ProcessGroup | None = None
+_gradients: dist.ProcessGroup | None = None
 
 
-def open_messages(timeout: timedelta) -> None:
-    """Connect the ranks for messages; all call it once, after the process group is there and before they use this module.
+def open_groups(timeout: timedelta) -> None:
+    """Connect the ranks for messages and for gradients; all call it once, after the process group is there and before they use
+    this module.
 
-    `timeout` bounds how long they wait for one another here; what they send later may wait for MESSAGE_TIMEOUT.
+    `timeout` bounds how long they wait for one another here, and for gradients; messages may wait for MESSAGE_TIMEOUT.
     """
-    global _messages
+    global _messages, _gradients
     if world_size() > 1 and _messages is None:
         _messages = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
         dist.set_timeout(MESSAGE_TIMEOUT, _messages)
+        _gradients = cast(dist.ProcessGroup, dist.new_group(backend=dist.get_backend(), timeout=timeout))
 
 
 def messages() -> dist.ProcessGroup:
     """The group for messages."""
-    assert _messages is not None, "the ranks are not connected for messages: call open_messages"
+    assert _messages is not None, "the ranks are not connected for messages: call open_groups"
     return _messages
 
 
@@ -105,8 +109,8 @@ def shut_down() -> None:
 
     A rank that was stopped by a mistake of its own leaves collectives behind that no other rank will end.
     """
-    global _messages
-    _messages = None
+    global _messages, _gradients
+    _messages = _gradients = None
     if is_distributed():
         leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
         leaving.start()
@@ -143,26 +147,21 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def gather_numbers(value: int) -> list[int]:
-    """Every rank's `value`, in rank order, on every rank."""
+def gather_numbers(*values: int) -> list[list[int]]:
+    """For each of `values`, every rank's, in rank order, on every rank."""
     if world_size() == 1:
-        return [value]
+        return [[value] for value in values]
     _before_collective()
-    numbers, work = _send_number(value)
+    numbers, work = _send_numbers(*values)
     work.wait()
-    found: list[int] = numbers.tolist()
+    found: list[list[int]] = numbers.tolist()
     return found
 
 
-def any_rank(answer: bool) -> bool:
-    """Whether any rank's answer is yes."""
-    return any(gather_numbers(int(answer)))
-
-
-def _send_number(value: int) -> tuple[Tensor, dist.Work]:
-    """A tensor that has all ranks' values in rank order once what comes with it is done."""
-    numbers = torch.zeros(world_size(), dtype=torch.int64)
-    numbers[rank()] = value
+def _send_numbers(*values: int) -> tuple[Tensor, dist.Work]:
+    """A tensor that has, for each of `values`, all ranks' in rank order once what comes with it is done."""
+    numbers = torch.zeros(len(values), world_size(), dtype=torch.int64)
+    numbers[:, rank()] = torch.tensor(values)
     return numbers, _started(dist.all_reduce(numbers, group=messages(), async_op=True))
 
 
@@ -171,6 +170,22 @@ def _started(work: dist.Work | None) -> dist.Work:
     arrive()
     assert work is not None
     return work
+
+
+def start_average(x: Tensor) -> dist.Work:
+    """Start to average gradients over ranks, in place; nothing but gradients waits for what is under way here."""
+    return _started(dist.all_reduce(x, op=dist.ReduceOp.AVG, group=_gradients, async_op=True))
+
+
+def broadcast_parameters(module: nn.Module) -> None:
+    """Rank 0's parameters and buffers of `module` on every rank, in place."""
+    broadcast_buffers(module)
+    if world_size() > 1:
+        for parameter in module.parameters():
+            whole = parameter.detach().contiguous()
+            arrive()
+            dist.broadcast(whole, src=0)
+            parameter.data.copy_(whole)
 
 
 def broadcast_buffers(module: nn.Module) -> None:
@@ -219,11 +234,18 @@ class _Attempt:
     small sum after the other, as its device's work would stand still, and with it a host that waits for its device (an
     allocator that is short of memory does, too), if a sum had to wait for the question. When the question is answered each
     rank knows whether any has failed, and if so each catches up on sums, until all have done as many.
+
+    All messages are as long as the longest, as a failed rank does not know which layer the others have come to. For a ResNet-50
+    that is 2 × 2,048 + 1 numbers of 8 bytes, 33 kB, where its layers have 8 kB on average: in such sums it is the number of
+    ranks that counts, not that of bytes.
+
+    Collectives over another group, which are known beforehand, are the caller's: `catch_up` starts what is left of them.
     """
 
-    def __init__(self, device: torch.device, message_size: int) -> None:
+    def __init__(self, device: torch.device, message_size: int, catch_up: Callable[[], list[dist.Work]]) -> None:
         self._device = device
         self._room = message_size
+        self._catch_up = catch_up
         self._sums = 0
 
     def small_sum(self, x: Tensor) -> Tensor:
@@ -237,7 +259,7 @@ class _Attempt:
     def ask(self) -> None:
         """`RanksFailed` if any rank has failed."""
         if world_size() > 1:
-            answers, asked = _send_number(0)
+            answers, asked = _send_numbers(0)
             asked.wait()
             self._conclude(answers, [])
 
@@ -245,7 +267,8 @@ class _Attempt:
         """Answer the other ranks until they ask; then, `RanksFailed`."""
         if world_size() == 1:
             raise RanksFailed([0])
-        answers, asked = _send_number(1)
+        answers, asked = _send_numbers(1)
+        self._catch_up()
         sums: list[dist.Work] = []
         while self._room and not asked.is_completed():
             sums.append(self._add_up(self._zeros()))
@@ -264,13 +287,13 @@ class _Attempt:
 
     def _conclude(self, answers: Tensor, sums: list[dist.Work]) -> None:
         """`RanksFailed` where `answers` say so, once all ranks have done as many small sums; some of them are under way."""
-        ranks = answers.nonzero().flatten().tolist()
+        ranks = answers[0].nonzero().flatten().tolist()
         if not ranks:
             return
-        counts, counted = _send_number(self._sums)
+        counts, counted = _send_numbers(self._sums)
         counted.wait()
         sums += [self._add_up(self._zeros()) for _ in range(int(counts.max()) - self._sums)]
-        for work in sums:
+        for work in [*sums, *self._catch_up()]:
             work.wait()
         raise RanksFailed(ranks)
 
@@ -279,7 +302,12 @@ _attempt: _Attempt | None = None
 
 
 def attempt(
-    call: Callable[[], T], is_expected: Callable[[Exception], bool], device: torch.device, *, message_size: int = 0
+    call: Callable[[], T],
+    is_expected: Callable[[Exception], bool],
+    device: torch.device,
+    *,
+    message_size: int = 0,
+    catch_up: Callable[[], list[dist.Work]] = list,
 ) -> T:
     """This rank's `call()`, in which collectives of this module may be used; all ranks call it together.
 
@@ -287,11 +315,12 @@ def attempt(
     place of a rank that waits for ever in a collective which the failed one never reaches: within the call each
     collective of this module is preceded by the question whether all ranks are there, which a failed rank answers, too.
     `small_sum` alone goes without the question; `message_size` is the largest number of elements that it will be given, the
-    same on all ranks.
+    same on all ranks. `catch_up` is for calls that use `start_average`: it starts what this rank would still have averaged in
+    its call, whatever that is now, and returns all that is under way; a rank may call it twice.
     """
     global _attempt
     result, failed, text = None, False, ""
-    this = _attempt = _Attempt(device, message_size)
+    this = _attempt = _Attempt(device, message_size, catch_up)
     try:
         result = call()
     except RanksFailed:  # another rank's; this one has heard of it
@@ -366,7 +395,7 @@ def all_gather_rows(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x.detach()
-    sizes = gather_numbers(len(x))
+    (sizes,) = gather_numbers(len(x))
     # Collectives want equal shapes: pad to the largest share, then cut.
     padded = x.new_zeros((max(sizes), *x.shape[1:]))
     padded[: len(x)] = x.detach()

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
 import dist_contrastive
 from dist_contrastive import distributed, rendezvous
@@ -46,13 +46,10 @@ def connect(config: TrainConfig) -> Accelerator:
         accelerator = Accelerator(
             cpu=device == "cpu",
             mixed_precision=ACCELERATE_NAMES[precision],
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timeout),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
     _check(config, accelerator, device)
-    distributed.open_messages(timeout)
+    distributed.open_groups(timeout)
     if device == "cpu":  # whatever OMP_NUM_THREADS says: torchrun sets it to 1 where the user does not
         torch.set_num_threads(rendezvous.fair_cores())
     return accelerator

@@ -126,8 +126,7 @@ class Lars(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0, "momentum": momentum, "weight_decay": 0.0, "decays": True, "trust": trust})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        assert closure is None
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         make_momentum(self)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]

@@ -31,7 +31,7 @@ from dist_contrastive.metrics import MetricsLog, StepTimer, TimeSplit
 from dist_contrastive.progress import TrainingProgress, describe_scores, print_scores
 from dist_contrastive.run_folder import RunFolder
 from dist_contrastive.signals import Stopped
-from dist_contrastive.trainer import Trainer, build_method
+from dist_contrastive.trainer import StepReport, Trainer, build_method
 from dist_contrastive.trial import fewest_samples
 from dist_contrastive.weights import read_weights, start_from
 
@@ -87,8 +87,8 @@ def fit(run: "Run") -> bool:
             epoch = trainer.epoch
             with run.batches() as batches:
                 for batch in batches:
-                    values = trainer.update(batch)
-                    progress.advance(trainer.step, epoch, run.log(epoch, values, batches.wait_ms))
+                    reports = trainer.update(batch)
+                    progress.advance(trainer.step, epoch, run.log(reports, batches.wait_ms))
                     if trainer.stopping or trainer.step == config.stop_after_steps:
                         run.stop(probes=not trainer.stopping)
                         return False
@@ -298,33 +298,43 @@ class Run:
         """What is left of the current epoch, for this rank."""
         return self.loader.epoch(self.trainer.epoch, self.trainer.step_in_epoch)
 
-    def log(self, epoch: int, values: dict[str, float], wait_ms: float) -> dict[str, float] | None:
-        """Write a step's metrics; return them at the steps that are logged, where they have times.
-
-        Where they can't be written all ranks stop after the next step (`flush`).
-        """
+    def log(self, reports: list[StepReport], wait_ms: float) -> dict[str, float] | None:
+        """A step is done, for whose batch this rank waited `wait_ms`: write what is known by now; see `_write_metrics`."""
         self.timer.count(wait_ms)
         if self.is_warm:
             self.times.lap("training", {"waiting_for_data": wait_ms / 1e3})
         else:  # compiles, the loader too
             self.times.lap("first_step")
             self.is_warm = True
-        step = self.trainer.step
-        if self.folder:
-            self.folder.status.step = step
-        is_logged = self.trainer.is_logged(step)
-        if is_logged:
-            self._sound_alarm(values)
-            values = {**values, **self.timer.read()}
-        if self.folder and self.metrics and not self.unwritten:
-            try:
-                if is_logged:
-                    self.folder.check_held()
-                self.metrics.write(step, epoch, values)
-            except UserError as error:
-                self.unwritten = error
-                self.trainer.interrupt()
-        return values if is_logged else None
+        return self._write_metrics(reports)
+
+    def catch_up(self) -> None:
+        """Wait for the numbers of the last step, and write them: before what they decide about, a checkpoint or a probe."""
+        self._write_metrics(self.trainer.settle())
+
+    def _write_metrics(self, reports: list[StepReport]) -> dict[str, float] | None:
+        """Write the metrics of steps; return those of a step that is logged, which have times.
+
+        Where they can't be written all ranks stop after the next step (`flush`).
+        """
+        logged = None
+        for report in reports:
+            step, values = report.step, report.values
+            if self.folder:
+                self.folder.status.step = step
+            is_logged = self.trainer.is_logged(step)
+            if is_logged:
+                self._sound_alarm(values)
+                logged = values = {**values, **self.timer.read()}
+            if self.folder and self.metrics and not self.unwritten:
+                try:
+                    if is_logged:
+                        self.folder.check_held()
+                    self.metrics.write(step, (step - 1) // self.trainer.steps_per_epoch, values)
+                except UserError as error:
+                    self.unwritten = error
+                    self.trainer.interrupt()
+        return logged
 
     def _sound_alarm(self, values: dict[str, float]) -> None:
         """Say once, of a step that goes wrong, what the method says of it."""
@@ -337,11 +347,13 @@ class Run:
     def save_where_due(self) -> None:
         """Checkpoint in mid-epoch; at its end there is more to do first (`end_epoch`)."""
         if self.trainer.step_in_epoch and self.saving.due(self.trainer.clock):
+            self.catch_up()
             self.save()
             self.timer.restart()
 
     def end_epoch(self, epoch: int) -> None:
         """Probe and checkpoint where they are due."""
+        self.catch_up()
         self.flush()
         self._probe_where_due(epoch)
         clock = self.trainer.clock
@@ -356,6 +368,7 @@ class Run:
         A probe that is due here is done by the run that goes on, or now.
         """
         step = self.trainer.step
+        self.catch_up()
         self.flush()
         self.settle()
         if probes and self.trainer.step_in_epoch == 0:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +37,38 @@ VIEW_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 
 class NonFiniteError(UserError):
     """Loss or gradient left the finite numbers; nothing was updated on any rank."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step tells of itself."""
+
+    step: int
+    """Its number, from 1."""
+    values: dict[str, float]
+    """Means over the global batch, the learning rate, the norm of the gradient."""
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What a step tells, on its way to the host."""
+
+    step: int
+    names: list[str]
+    rate: float
+    scales: bool
+    """Whether losses are scaled."""
+    numbers: Tensor
+    """On the host: `names`, whose loss is not finite, the gradient's norm and the losses' scale."""
+    arrived: torch.cuda.Event | None
+    """None where the host has them already."""
+
+    def read(self) -> list[float]:
+        """Waits until they are there."""
+        if self.arrived:
+            self.arrived.synchronize()
+        found: list[float] = self.numbers.tolist()
+        return found
 
 
 def build_method(config: TrainConfig) -> Method:
@@ -77,13 +110,16 @@ class Trainer:
         self._interrupted = False
         self._began_at = time.monotonic()
         self._seconds = 0.0
+        self._under_way: _Numbers | None = None
+        """Those of the last update, where the host has not seen them."""
         self._dataset_sha256 = dataset_sha256
         self.method = build_method(config)
         self.num_parameters = sum(p.numel() for p in self.method.parameters())
-        optimizer = build_optimizer(config.optim, self.method, self.method.late_parameters)
+        zero = zero_launch(config)
+        optimizer = build_optimizer(config.optim, self.method, self.method.late_parameters, fused=not zero)
         _, self.precision = device_and_precision(config.launch)
         self.replicas: Replicas
-        if zero_launch(config):
+        if zero:
             self.replicas = ShardedOptimizer(self.method, optimizer, accelerator, self.precision)
         else:
             self.replicas = DataParallel(self.method, optimizer, accelerator)
@@ -130,20 +166,42 @@ class Trainer:
         """Whether the metrics that cost are taken once `step` updates are done."""
         return step % self.config.log_every == 0 or step in (1, self.total_steps)
 
-    def update(self, batch: Batch) -> dict[str, float]:
-        """One update by this rank's share of the global batch, as the loader gave it; returns means over the global batch.
+    def update(self, batch: Batch) -> list[StepReport]:
+        """One update by this rank's share of the global batch, as the loader gave it; returns the reports that are there by now.
 
-        Raises `NonFiniteError` on all ranks, before anything is updated, when loss or gradient of any is not finite.
+        The host does not wait for the device, whose numbers it reads a step later, when the device has the next step to do; or
+        now, where this step is logged. So the device alone leaves the update out where loss or gradient of any rank is not
+        finite, and `NonFiniteError`, which names that step, is raised on all ranks when it is read, before another update.
         """
         liveness.at_step(self.step + 1)
         rate = self._set_learning_rate()
-        outcome = self.gradient.compute(batch, self.clock, logged=self.is_logged(self.step + 1))
+        is_logged = self.is_logged(self.step + 1)
+        outcome = self.gradient.compute(batch, self.clock, logged=is_logged)
         grad_norm = self.replicas.norm_and_clip(self.config.optim.clip_norm)
-        values = self._agree({**outcome.losses, **outcome.report}, grad_norm)
-        self.gradient.attempt_update(self.step)
+        numbers, is_good = self._agree({**outcome.losses, **outcome.report}, grad_norm, rate)
+        reports = self.settle()
+        self._under_way = numbers
+        if is_logged or not self.replicas.decides_on_device:
+            reports += self.settle()
+        self.gradient.attempt_update(self.step, ~is_good)
         self.step += 1
-        self.method.after_step(self.clock, outcome.embeddings)
-        return {**values, "learning_rate": rate}
+        self.method.after_step(self.clock, outcome.embeddings, is_good)
+        return reports
+
+    def settle(self) -> list[StepReport]:
+        """The report of the last update, if it is not given yet; waits for the device. `NonFiniteError` as in `update`."""
+        if self._under_way is None:
+            return []
+        sent, self._under_way = self._under_way, None
+        *numbers, norm, scale = sent.read()
+        bad_ranks = [rank for rank, is_bad in enumerate(numbers[len(sent.names) :]) if is_bad > 0]
+        if bad_ranks:
+            raise NonFiniteError(self._diverged(sent.step, f"the loss is not finite on rank(s) {bad_ranks}"))
+        # Under fp16 an overflow is routine as long as the scaler can still go lower: it skips the update by itself.
+        if not math.isfinite(norm) and not (sent.scales and scale >= SMALLEST_LOSS_SCALE):
+            raise NonFiniteError(self._diverged(sent.step, "the gradient is not finite"))
+        values = dict(zip(sent.names, numbers, strict=False))
+        return [StepReport(sent.step, {**values, "grad_norm": norm, "learning_rate": sent.rate})]
 
     def plan_memory(self) -> MemoryPlan:
         """Find the micro-batch for this machine, and use it from now on; all ranks call it together."""
@@ -174,39 +232,40 @@ class Trainer:
         set_rates(self.replicas.optimizer, self.config.optim, rate, self.clock)
         return rate
 
-    def _agree(self, values: dict[str, Tensor], grad_norm: Tensor) -> dict[str, float]:
-        """Means of `values` over ranks; what one rank knows (a bad number, a signal to stop, the time), all know after this."""
+    def _agree(self, values: dict[str, Tensor], grad_norm: Tensor, rate: float) -> tuple[_Numbers, Tensor]:
+        """The means of `values` over ranks, under way to the host, and on the device alone whether the step is good (bool []).
+
+        What one host knows (a signal to stop, the time), all know after this.
+        """
         names = list(values)
         ranks, me = distributed.world_size(), distributed.rank()
-        message = torch.zeros(len(names) + 1 + ranks, device=self.device)
+        message = torch.zeros(len(names) + ranks, device=self.device)
         message[: len(names)] = torch.stack([values[name].detach().float() for name in names]) / ranks
-        if distributed.is_main():
-            message[len(names)].fill_(time.monotonic() - self._began_at)
-        message[len(names) + 1 + me] = (~torch.isfinite(values["loss"].detach())).float()
+        message[len(names) + me] = (~torch.isfinite(values["loss"].detach())).float()
         total = distributed.all_reduce_sum(message)
         # The hosts agree while their devices are still at work.
-        self.stopping = distributed.any_rank(self._interrupted or signals.requested() or self.saver.has_failed)
+        stop = self._interrupted or signals.requested() or self.saver.has_failed
+        stops, milliseconds = distributed.gather_numbers(int(stop), round(1e3 * (time.monotonic() - self._began_at)))
+        self.stopping, self._seconds = any(stops), milliseconds[0] / 1e3
+        loss_scale = self.replicas.loss_scale
+        scale = torch.zeros_like(grad_norm) if loss_scale is None else torch.zeros_like(grad_norm) + loss_scale
+        is_good = ~total[len(names) :].any() & (grad_norm.isfinite() | (scale >= SMALLEST_LOSS_SCALE))
         # One transfer to the host for everything the step reports.
-        *numbers, norm = torch.cat([total, grad_norm.float()[None]]).tolist()
-        self._seconds = numbers[len(names)]
-        bad_ranks = [rank for rank in range(ranks) if numbers[len(names) + 1 + rank] > 0]
-        if bad_ranks:
-            raise NonFiniteError(self._diverged(f"the loss is not finite on rank(s) {bad_ranks}"))
-        if not math.isfinite(norm):
-            scale = self.replicas.loss_scale
-            # Under fp16 an overflow is routine as long as the scaler can still go lower: it skips the update by itself.
-            if scale is None or scale < SMALLEST_LOSS_SCALE:
-                raise NonFiniteError(self._diverged("the gradient is not finite"))
-        return {**dict(zip(names, numbers, strict=False)), "grad_norm": norm}
+        numbers = torch.cat([total, grad_norm.float()[None], scale.float()[None]]).to("cpu", non_blocking=True)
+        arrived = None
+        if self.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return _Numbers(self.step + 1, names, rate, loss_scale is not None, numbers, arrived), is_good
 
-    def _diverged(self, what: str) -> str:
+    def _diverged(self, step: int, what: str) -> str:
         """The line about it; all ranks call it."""
         with suppress(UserError):
             self.saver.settle()
         steps = self.store.steps()
         last = f"the last good checkpoint is {self.store.path(steps[-1])}" if steps else "there is no checkpoint yet"
         return (
-            f"step {self.step + 1}: {what}; nothing was updated; {last}; "
+            f"step {step}: {what}; nothing was updated; {last}; "
             "lower --optim.learning-rate, clip with --optim.clip-norm or use --launch.precision fp32"
         )
 
@@ -216,6 +275,7 @@ class Trainer:
         `UserError` on all ranks where it can't be written is raised here, by the next `save` or by `saver.settle`; until then
         `stopping` is true after the next update. The older checkpoints are untouched.
         """
+        assert self._under_way is None, "nobody knows yet whether the last update was a good one: settle first"
         optimizer = self.replicas.state()
         state = {
             "step": self.step,

@@ -78,7 +78,7 @@ def _run_rank(rank: int, num_ranks: int, store: str, function: Callable[..., Any
                 world_size=num_ranks,
                 timeout=timedelta(seconds=TIMEOUT_S),
             )
-            distributed.open_messages(timedelta(seconds=TIMEOUT_S))
+            distributed.open_groups(timedelta(seconds=TIMEOUT_S))
         results.put((rank, None, function(rank, *args)))
         if num_ranks > 1:
             dist.barrier()

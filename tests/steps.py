@@ -116,7 +116,7 @@ def step_gradient(
     AcceleratorState._reset_state(
         reset_partial_state=True
     )  # another test of this process may have had another precision
-    optimizer = optimizer or torch.optim.SGD(method.parameters(), lr=0.0)
+    optimizer = optimizer or torch.optim.SGD(method.parameters(), lr=0.0, fused=True)
     replicas = DataParallel(method, optimizer, Accelerator(cpu=True, mixed_precision=precision))
     return StepGradient(replicas, augmentation, seed=0, micro=micro)
 

@@ -37,7 +37,17 @@ from tests.runs import (
     train_on_rank,
     write_dataset,
 )  # fmt: skip
-from tests.steps import DONE, build, clock_at, gradient_of, share_of_batch, step_gradient, student_of, teacher_of, with_small
+from tests.steps import (
+    DONE,
+    build,
+    clock_at,
+    gradient_of,
+    share_of_batch,
+    step_gradient,
+    student_of,
+    teacher_of,
+    with_small,
+)
 
 GROUP = EncoderConfig(name="resnet10_w16", stem="small", norm="group", dropout=0.1)
 

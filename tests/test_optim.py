@@ -107,7 +107,7 @@ def test_an_update_that_is_left_out_changes_nothing_also_if_it_is_the_first(
                 step_unless(optimizer, torch.tensor(False))
         if step == bad_step:
             for parameter in modules[0].parameters():
-                parameter.grad = parameter.grad * (torch.nan if parameter.ndim > 1 else torch.inf)
+                parameter.grad = torch.full_like(parameter, torch.nan if parameter.ndim > 1 else torch.inf)
             step_unless(optimizers[0], torch.tensor(True))
     for mine, its in zip(*(module.parameters() for module in modules), strict=True):
         assert torch.equal(mine, its)

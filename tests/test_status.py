@@ -19,7 +19,7 @@ from dist_contrastive.config import UserError
 from dist_contrastive.run import train
 from dist_contrastive.run_folder import RunFolder
 from dist_contrastive.run_status import SILENT_S, RunStatus, StatusFile, read_file, read_status
-from dist_contrastive.trainer import NonFiniteError, Trainer
+from dist_contrastive.trainer import NonFiniteError, StepReport, Trainer
 from tests.harness import run_ranks
 from tests.runs import STEPS_PER_EPOCH, tiny_config, train_on_rank, write_dataset
 from tests.test_command import TIMEOUT_S, run_module
@@ -75,7 +75,7 @@ def test_stopped_then_done(num_ranks: int, dataset: Path, tmp_path: Path) -> Non
 
 
 def diverge(rank: int, config: Any) -> None:
-    def update(self: Trainer, batch: Batch) -> dict[str, float]:
+    def update(self: Trainer, batch: Batch) -> list[StepReport]:
         raise NonFiniteError("step 1: the loss is not finite;\nlower the rate")
 
     Trainer.update = update  # type: ignore[method-assign]

@@ -10,7 +10,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_contrastive import distributed
@@ -20,7 +19,8 @@ from dist_contrastive.methods.base import Embeddings, Losses, Report
 from dist_contrastive.methods.simclr import SimCLR
 from dist_contrastive.models.sync_norm import SyncBatchNorm
 from dist_contrastive.models.teacher import Teacher
-from dist_contrastive.step.gradient import StepGradient, split
+from dist_contrastive.step import buckets
+from dist_contrastive.step.gradient import split
 from dist_contrastive.step.replicas import DataParallel
 from tests.harness import RankError, run_ranks
 from tests.runs import (
@@ -34,6 +34,7 @@ from tests.runs import (
     write_dataset,
 )
 from tests.steps import (
+    DONE,
     GLOBAL_BATCH,
     build,
     clock_at,
@@ -165,54 +166,105 @@ def test_bf16_with_micro_batches_follows_bf16_without() -> None:
         assert_close(gradient_of(one), gradient_of(exact), tolerance=1e-4)
 
 
-def ddp_of(steps: StepGradient) -> Any:
-    assert isinstance(steps.replicas, DataParallel)
-    return steps.replicas._ddp
+# Buckets
 
 
-def communicated(rank: int, name: str, micro: int) -> int:
-    """How many numbers DDP sends in one step."""
+def small_buckets() -> None:
+    """So that the small encoder has many."""
+    buckets.FIRST_BYTES = buckets.BYTES = 4096
+
+
+def averages(rank: int, name: str, micro: int) -> tuple[list[list[int]], list[int], int]:
+    """Over three steps: how many numbers each bucket has, how many other messages the ranks have sent, how many are trained."""
+    small_buckets()
     method = build(name, GROUP)
     steps = step_gradient(method, micro)
     sent: list[int] = []
+    start = distributed.start_average
 
-    def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        sent.append(bucket.buffer().numel())
-        future: torch.futures.Future[Tensor] = torch.futures.Future()
-        future.set_result(bucket.buffer())
-        return future
+    def note(x: Tensor) -> Any:
+        sent.append(x.numel())
+        return start(x)
 
-    ddp_of(steps).register_comm_hook(None, hook)
-    steps.compute(share_of_batch(method), clock_at())
-    return sum(sent) - sum(p.numel() for p in method.parameters() if p.requires_grad)
+    buckets.distributed.start_average = note
+    sizes, others = [], []
+    for step in range(3):
+        before = distributed.arrivals()
+        steps.compute(share_of_batch(method), clock_at(step=step))
+        sizes.append(list(sent))
+        others.append(distributed.arrivals() - before - len(sent))
+        sent.clear()
+        method.zero_grad(set_to_none=True)
+    return sizes, others, sum(p.numel() for p in method.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("name", ["simclr", "byol"])
-def test_ddp_sends_each_gradient_once(name: str) -> None:
-    assert run_ranks(communicated, 2, name, 1) == [0, 0]
+@pytest.mark.parametrize(("name", "micro"), [("simclr", 1), ("byol", 1), ("simclr", 0), ("clip", 2)])
+def test_each_gradient_is_sent_once_and_ranks_speak_of_their_order_once(name: str, micro: int) -> None:
+    (sizes, others, trained), again = run_ranks(averages, 2, name, micro)
+    assert again[0] == sizes, "the same buckets on all ranks"
+    assert sizes[1] == sizes[2]
+    assert others[1] == others[0] + 1, "before the second step, by one message"
+    assert others[2] == others[0]
+    for of_step in sizes:
+        assert len(of_step) > 10
+        assert trained <= sum(of_step) <= 1.01 * trained, "but for what aligns them"
 
 
-def buckets(rank: int, name: str) -> tuple[bool, bool, list[bool]]:
-    """Whether DDP has its last buckets before the first step, whether that left all as it was, and after each step."""
+def sent_so_far(rank: int, name: str, micro: int, watched: str) -> tuple[list[int], int]:
+    """In each of two steps, how many buckets are sent when the last backward pass comes to a parameter; how many there are."""
+    small_buckets()
     method = build(name, GROUP)
-    before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
-    steps = step_gradient(method, 3)
-    untouched = all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
-    untouched = untouched and all(p.grad is None for p in method.parameters())
-
-    at_once = ddp_of(steps)._has_rebuilt_buckets
-    # What the reducer would still do in a forward pass: False where there is nothing left to do.
-    later = []
+    steps = step_gradient(method, micro)
+    assert isinstance(steps.replicas, DataParallel)
+    own = steps.replicas._buckets
+    assert own
+    sent: list[int] = []
+    method.get_parameter(watched).register_post_accumulate_grad_hook(lambda p: sent.append(len(own._works)))
+    found = []
     for step in range(2):
         steps.compute(share_of_batch(method), clock_at(step=step))
-        later.append(ddp_of(steps).reducer._rebuild_buckets())
+        found.append(sent[-1])
         method.zero_grad(set_to_none=True)
-    return at_once, untouched, later
+    return found, len(own._buckets)
 
 
-@pytest.mark.parametrize("name", ["simclr", "byol"])
-def test_ddp_orders_its_buckets_before_the_first_step_and_never_again(name: str) -> None:
-    assert run_ranks(buckets, 2, name) == [(True, True, [False, False])] * 2
+@pytest.mark.parametrize("micro", [0, 1])
+@pytest.mark.parametrize("name", ["simclr", "clip"])
+def test_buckets_are_sent_while_the_last_backward_pass_goes_on(name: str, micro: int) -> None:
+    first_layer = "encoder.body.conv1.weight"  # the last one to get its gradient from images
+    for sent, number in run_ranks(sent_so_far, 2, name, micro, first_layer):
+        # In the first step the parameters of CLIP's loss, which that pass does not reach, may keep the others waiting.
+        assert name == "clip" or sent[0] > number / 2
+        assert sent[1] > number / 4
+
+
+def gradients_lie_in_buckets(rank: int, micro: int) -> bool:
+    method = build("simclr", BATCH).to(memory_format=torch.channels_last)
+    steps = step_gradient(method, micro)
+    steps.compute(share_of_batch(method), clock_at())
+    trained = [p for p in method.parameters() if p.requires_grad]
+    return len({p.grad.untyped_storage().data_ptr() for p in trained if p.grad is not None}) == 1 and all(
+        p.grad is not None and p.grad.stride() == p.stride() for p in trained
+    )
+
+
+@pytest.mark.parametrize("micro", [0, 1])
+def test_gradients_have_one_piece_of_memory_and_lie_as_their_parameters(micro: int) -> None:
+    assert run_ranks(gradients_lie_in_buckets, 2, micro) == [True, True]
+
+
+def start_from_other_weights(rank: int) -> list[np.ndarray]:
+    method = build("byol", BATCH)
+    with torch.no_grad():
+        for x in (*method.parameters(), *method.buffers()):
+            x += rank
+    step_gradient(method, 0)
+    return [x.detach().numpy() for x in method.state_dict().values()]
+
+
+def test_all_ranks_start_from_rank_0s_weights_and_buffers() -> None:
+    for one, other in zip(*run_ranks(start_from_other_weights, 2), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 # Memory that runs out.
@@ -261,6 +313,7 @@ class Failing(SimCLR):
 
 def fail_at(rank: int, moment: str, norm: EncoderConfig) -> tuple[int, list[str], dict[str, np.ndarray], list[float]]:
     """A step of which rank 1 can do only micro-batches of 1; what the micro-batch became, what was said, the gradient."""
+    small_buckets()
     method = build("simclr", norm)
     method.__class__ = Failing
     assert isinstance(method, Failing)
@@ -302,7 +355,7 @@ def second_step(rank: int) -> dict[str, np.ndarray]:
     return gradient_of(method)
 
 
-def test_out_of_memory_in_the_second_step_where_ddp_would_order_its_buckets() -> None:
+def test_out_of_memory_in_the_second_step_before_which_buckets_are_ordered() -> None:
     for (micro, said, gradient), clean in zip(
         run_ranks(fail_in_the_second_step, 2), run_ranks(second_step, 2), strict=True
     ):
@@ -402,10 +455,10 @@ class HungryOptimizer(torch.optim.SGD):
 def update_without_memory(rank: int) -> tuple[str, bool]:
     """What an update says that fails on rank 1, and whether the ranks can talk after it."""
     method = build("simclr", GROUP)
-    steps = step_gradient(method, 0, optimizer=HungryOptimizer(method.parameters(), lr=0.1, momentum=0.9))
+    steps = step_gradient(method, 0, optimizer=HungryOptimizer(method.parameters(), lr=0.1, momentum=0.9, fused=True))
     steps.compute(share_of_batch(method), clock_at())
     with pytest.raises(UserError) as caught:
-        steps.attempt_update(0)
+        steps.attempt_update(0, ~DONE)
     return str(caught.value), distributed.gather_objects(rank) == [0, 1]
 
 

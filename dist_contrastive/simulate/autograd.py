@@ -2,7 +2,7 @@
 
 torch's engine asks for CUDA streams as soon as a gradient is on a GPU, which a machine without one does not have. The walk does
 what the engine does, in the same order: gradients are equal bit for bit, and so is the memory that is held on the way. What it
-leaves out: hooks on tensors and nodes, sparse gradients, gradients of gradients.
+leaves out: hooks on tensors and nodes, but those that run when a leaf has its gradient; sparse gradients, gradients of gradients.
 """
 
 import heapq
@@ -84,6 +84,8 @@ class _Walk:
                 if type(node).__name__ == "AccumulateGrad":
                     if accumulate_grad and not inputs and held:
                         _into_leaf(node.variable, held)
+                        for hook in (node.variable._post_accumulate_grad_hooks or {}).values():
+                            hook(node.variable)
                     continue
                 self._read = []
                 results = _apply(node, held)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import FakeStore
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -31,8 +30,6 @@ from dist_contrastive.simulate.patches import attribute, patched
 
 aten = torch.ops.aten
 RANKS_OF_A_HOST = 8
-FIRST_BUCKET_BYTES, BUCKET_BYTES = 1 << 20, 25 << 20
-"""DDP's own."""
 
 _pinned = WeakIdKeyDictionary()
 """Memory of the host that the device may read by itself."""
@@ -121,30 +118,6 @@ def _move_module(module: nn.Module, convert: Callable[[Tensor], Tensor], recurse
     return module
 
 
-def _wrap(ddp: DistributedDataParallel, module: nn.Module, **options: Any) -> None:
-    """DDP's `__init__`: the buckets that it holds, in the order in which gradients get ready."""
-    nn.Module.__init__(ddp)
-    ddp.module = module
-    ddp.require_backward_grad_sync = True
-    sizes: list[int] = [0]
-    limit = FIRST_BUCKET_BYTES
-    for parameter in reversed([p for p in module.parameters() if p.requires_grad]):
-        if sizes[-1] >= limit:
-            limit = BUCKET_BYTES
-            sizes.append(0)
-        sizes[-1] += parameter.numel() * parameter.element_size()
-    vars(ddp)["simulated_buckets"] = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
-
-
-def _forward(ddp: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
-    """DDP's `forward`, with what the backward pass that it prepares will send."""
-    output = ddp.module(*args, **kwargs)
-    if torch.is_grad_enabled() and ddp.require_backward_grad_sync:
-        for bucket in vars(ddp)["simulated_buckets"]:
-            dist.all_reduce(bucket)
-    return output
-
-
 def _talk_to_nobody(new_group: Callable[..., Any], backend: str, timeout: timedelta) -> Any:
     return new_group(backend="fake", timeout=timeout)
 
@@ -171,6 +144,19 @@ def _rank_of(ranks: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
+class _Event:
+    """A mark in the device's work."""
+
+    def __init__(self, on_sync: Callable[[str], None]) -> None:
+        self._on_sync = on_sync
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self._on_sync("event")
+
+
 @contextmanager
 def fake_cuda(ranks: int, on_sync: Callable[[str], None]) -> Iterator[None]:
     """Within the context this process is rank 0 of `ranks`, and its device is CUDA. All that it patches is the whole process's.
@@ -189,6 +175,8 @@ def fake_cuda(ranks: int, on_sync: Callable[[str], None]) -> Iterator[None]:
         (torch.cuda, "set_device", lambda device: None),
         (torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
+        (torch.cuda, "get_device_capability", lambda *args: (8, 0)),
+        (torch.cuda, "Event", lambda: _Event(on_sync)),
         (torch.cuda, "synchronize", lambda *args: on_sync("synchronize")),
         (dist, "get_backend", lambda group=None: "nccl"),
         (dist, "new_group", partial(_talk_to_nobody, attribute(dist, "new_group"))),
@@ -197,8 +185,6 @@ def fake_cuda(ranks: int, on_sync: Callable[[str], None]) -> Iterator[None]:
         (FakeTensor, "tolist", read),
         (FakeTensorMode, "avoid_device_init", True),
         (nn.Module, "_apply", _move_module),
-        (DistributedDataParallel, "__init__", _wrap),
-        (DistributedDataParallel, "forward", _forward),
     ]
     with ExitStack() as stack:
         stack.enter_context(_rank_of(ranks))

@@ -69,7 +69,7 @@ class WrongDevice:
 
 @dataclass(frozen=True)
 class Simulation:
-    """What one rank does in a step: counts of the second update, in which nothing is made for the first time."""
+    """What one rank does in a step: counts of the third update, in which nothing is made for the first time."""
 
     ranks: int
     rank_batch: int
@@ -88,10 +88,12 @@ class Simulation:
     checkpoint_bytes: int
     """Tensors that a checkpoint holds: the model, and the optimizer's state of all ranks."""
     peak_bytes: int
-    """Tensors on the device at the worst moment of two updates."""
+    """Tensors on the device at the worst moment of three updates."""
     operations: tuple[Operation, ...]
     collectives: tuple[Collective, ...]
     host_syncs: tuple[HostSync, ...]
+    unlogged_syncs: tuple[HostSync, ...]
+    """Those of the update before, which is not logged, and follows one whose numbers were waited for."""
     wrong_devices: tuple[WrongDevice, ...]
 
     @property
@@ -115,6 +117,7 @@ class Simulation:
             "operations": Operation,
             "collectives": Collective,
             "host_syncs": HostSync,
+            "unlogged_syncs": HostSync,
             "wrong_devices": WrongDevice,
         }
         return cls(**{**data, **{name: rows(kind, name) for name, kind in lists.items()}})

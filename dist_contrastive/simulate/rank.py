@@ -18,8 +18,9 @@ from dist_contrastive.step.memory import TensorCount
 from dist_contrastive.step.memory_plan import example, predict
 from dist_contrastive.trainer import Trainer
 
-UPDATES = 2
-"""The first one makes the optimizer's state and the loss scaler's."""
+UPDATES = 3
+"""The first one makes the optimizer's state and the loss scaler's, and all ranks take its order of gradients. It is logged, so
+that the third is the first to read what another one has left under way."""
 
 
 def simulate_here(
@@ -34,7 +35,7 @@ def simulate_here(
     config = replace(
         config,
         batch=replace(config.batch, micro=size),
-        log_every=1 if logged else UPDATES + 1,
+        log_every=UPDATES if logged else UPDATES + 1,
         launch=replace(config.launch, ranks=ranks, device="cuda", precision=precision),
     )
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -49,6 +50,7 @@ def simulate_here(
             embedding_bytes = _note_embeddings(trainer)
             batch = _batch(config, config.batch.size // ranks)
             for _ in range(UPDATES):
+                unlogged_syncs = watch.host_syncs
                 watch.clear()
                 trainer.update(batch)
         held, peak = memory.live, memory.peak  # what a checkpoint takes is no part of a step
@@ -69,6 +71,7 @@ def simulate_here(
         operations=watch.operations,
         collectives=watch.collectives,
         host_syncs=watch.host_syncs,
+        unlogged_syncs=unlogged_syncs,
         wrong_devices=watch.wrong_devices,
     )
 
@@ -98,9 +101,9 @@ def _note_embeddings(trainer: Trainer) -> list[int]:
     sizes: list[int] = []
     after_step = trainer.method.after_step
 
-    def note(clock: Clock, embeddings: Embeddings) -> None:
+    def note(clock: Clock, embeddings: Embeddings, done: Tensor) -> None:
         sizes.append(sum(_size(x) for x in embeddings.values()))
-        after_step(clock, embeddings)
+        after_step(clock, embeddings, done)
 
     trainer.method.after_step = note  # type: ignore[method-assign]
     return sizes

@@ -112,7 +112,9 @@ class Watch(TorchDispatchMode):
             for to, x in pairs:
                 to_device = device_type(to) if isinstance(to, Tensor) else torch.device(to or device_type(x)).type
                 if self._is_here(x) and to_device == "cpu":
-                    self.sync("copy to the host")
+                    # torch pins what it makes for a copy that nobody waits for; who reads it waits for an event.
+                    if not asynchronous or (isinstance(to, Tensor) and not is_ready_to_copy(to)):
+                        self.sync("copy to the host")
                 elif device_type(x) == "cpu" and to_device == self._device_type:
                     if not asynchronous:
                         self.sync("copy to the device, blocking")

@@ -12,13 +12,13 @@ micro-batch with the micro-batch's own statistics (synchronised: of all ranks' m
 so that the gradient is exact for the function that the passes compute; its running statistics take each sample once, and move
 as far in a step as they do without micro-batches. With other normalizations micro-batches change nothing but rounding.
 
-Nothing is updated before all ranks have their gradient, and gradients are averaged once, at the end. So where one rank runs
-out of memory, all halve the micro-batch and repeat the step.
+Nothing is updated before all ranks have their gradient, and gradients are averaged once, while the last backward pass goes on. So
+where one rank runs out of memory, all halve the micro-batch and repeat the step.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -44,6 +44,7 @@ from dist_contrastive.step.replicas import Passed, Replicas
 
 T = TypeVar("T")
 Augmentation = Callable[[Batch, torch.device], Batch]
+Around = Mapping[int, Callable[[], AbstractContextManager[None]]]
 
 WHAT_NEEDS_LESS = "a smaller --batch.global, or a method whose negatives come from a queue (--method.queue), needs less"
 """What to do where no micro-batch fits."""
@@ -112,15 +113,15 @@ class StepGradient:
             release_memory(self._device)
             self._halve(len(batch), clock.step, failed)
 
-    def attempt_update(self, step: int) -> None:
-        """Let the optimizer update by the gradient, after `step` other updates.
+    def attempt_update(self, step: int, left_out: Tensor) -> None:
+        """Let the optimizer update by the gradient, after `step` other updates; `left_out` as in `Replicas.update`.
 
         `UserError` on all ranks where memory runs out on any. What is updated half can't be repeated.
         """
         try:
             if not self.replicas.has_state:
                 self._attempt(self.replicas.make_room)
-            self._attempt(self.replicas.update)
+            self._attempt(lambda: self.replicas.update(left_out))
         except distributed.RanksFailed as failure:
             raise UserError(
                 f"step {step + 1}: out of memory on rank(s) {failure.ranks} in the optimizer's update ({self._gather_quote()}); "
@@ -157,13 +158,16 @@ class StepGradient:
         report = self._attempt(lambda: self.method.report(embeddings, logged=logged))
         return Outcome({name: loss.detach() for name, loss in losses.items()}, report, embeddings)
 
-    def _attempt(self, call: Callable[[], T]) -> T:
+    def _attempt(self, call: Callable[[], T], *, averages: bool = False) -> T:
+        """`averages`: whether the call has the backward pass that completes the gradient."""
+
         def is_expected(error: Exception) -> bool:
             expected = is_out_of_memory(error)
             self._quoted = quote(error) if expected else ""
             return expected
 
-        return distributed.attempt(call, is_expected, self._device, message_size=self._message_size)
+        catch_up = self.replicas.catch_up if averages else list
+        return distributed.attempt(call, is_expected, self._device, message_size=self._message_size, catch_up=catch_up)
 
     def _embed(self, batch: Batch, parts: Sequence[slice], number: int, step: int, what: Passed) -> Embeddings:
         """Embeddings of micro-batch `number`, its targets, or both; the same ones each time it is called."""
@@ -179,12 +183,17 @@ class StepGradient:
         Only the first `rehearsed` parts are passed, where that is given, and stand for the others too.
         """
         passes = self._cached if self.method.couples_samples else self._accumulated
-        return passes(batch, samples, parts, clock, len(parts) if rehearsed is None else rehearsed)
+        if rehearsed is None:
+            return passes(batch, samples, parts, clock, len(parts), {len(parts) - 1: self.replicas.averaging})
+        return passes(batch, samples, parts, clock, rehearsed, {})
 
     def _cached(
-        self, batch: Batch, samples: Samples, parts: Sequence[slice], clock: Clock, num_passes: int
+        self, batch: Batch, samples: Samples, parts: Sequence[slice], clock: Clock, num_passes: int, around: Around
     ) -> tuple[Losses, Embeddings]:
-        """Gradient caching. With a single micro-batch the first pass keeps its graph, and there is no second."""
+        """Gradient caching. With a single micro-batch the first pass keeps its graph, and there is no second.
+
+        `around`: by number, the context of a micro-batch's backward pass.
+        """
         single = len(parts) == 1
 
         def first_pass() -> list[Embeddings]:
@@ -215,9 +224,10 @@ class StepGradient:
                     with statistics_share(self._students_norms, parts, number):
                         again = self._embed(batch, parts, number, clock.step, "embeddings")
                 part = parts[number]
-                backward(again, {name: None if g is None else g[:, part] for name, g in gradients.items()})
+                with around.get(number, nullcontext)():
+                    backward(again, {name: None if g is None else g[:, part] for name, g in gradients.items()})
 
-        self._attempt(second_pass)
+        self._attempt(second_pass, averages=bool(around))
         return losses, embeddings
 
     def _loss_gradient(self, leaves: Embeddings, samples: Samples, clock: Clock) -> Losses:
@@ -228,9 +238,9 @@ class StepGradient:
         return losses
 
     def _accumulated(
-        self, batch: Batch, samples: Samples, parts: Sequence[slice], clock: Clock, num_passes: int
+        self, batch: Batch, samples: Samples, parts: Sequence[slice], clock: Clock, num_passes: int, around: Around
     ) -> tuple[Losses, Embeddings]:
-        """Plain accumulation, for a loss that is a mean over samples."""
+        """Plain accumulation, for a loss that is a mean over samples; `around` as in `_cached`."""
         # With a single micro-batch, embeddings and targets are there before the loss anyhow.
         ahead = self._settled_ahead(batch, parts, clock, num_passes) if self.method.settles and len(parts) > 1 else None
 
@@ -248,12 +258,13 @@ class StepGradient:
                     embeddings |= {name: value[:, part] for name, value in ahead.items()}
                 share = (part.stop - part.start) / len(samples)
                 losses = {name: share * loss for name, loss in self.method.loss(embeddings, samples.part(part)).items()}
-                self.replicas.backward(losses["loss"])
+                with around.get(number, nullcontext)():
+                    self.replicas.backward(losses["loss"])
                 all_losses.append({name: loss.detach() for name, loss in losses.items()})
                 all_embeddings.append({name: value.detach() for name, value in embeddings.items()})
             return all_losses, all_embeddings
 
-        all_losses, all_embeddings = self._attempt(passes)
+        all_losses, all_embeddings = self._attempt(passes, averages=bool(around))
         total = {name: torch.stack([losses[name] for losses in all_losses]).sum() for name in all_losses[0]}
         return total, concatenate(all_embeddings, parts)
 

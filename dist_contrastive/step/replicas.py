@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -14,6 +15,8 @@ from dist_contrastive import distributed
 from dist_contrastive.batch import Batch
 from dist_contrastive.checkpoint import Tensors, load_optimizer, optimizer_tensors
 from dist_contrastive.methods.base import Embeddings, Method
+from dist_contrastive.optim import make_momentum, step_unless
+from dist_contrastive.step.buckets import Buckets
 
 Passed = Literal["embeddings", "targets", "both"]
 """What a forward pass is asked for: what gradient flows through, what it does not, or both."""
@@ -34,10 +37,10 @@ class OptimizerState:
 class Replicas(ABC):
     """What stands between a step and the ranks' copies of its method.
 
-    A step computes each rank's own gradient within `collecting`, at whose end all ranks have the average; then come
-    `norm_and_clip` and `update`. All ranks call each of these together, and every optimizer state is kept in the
-    parameters' own shapes, whatever an implementation makes of it in memory: a run may go on under another one, and at
-    another number of ranks.
+    A step computes each rank's own gradient within `collecting`, its last backward pass within `averaging`; at the end all
+    ranks have the average. Then come `norm_and_clip` and `update`. All ranks call each of these together, and every optimizer
+    state is kept in the parameters' own shapes, whatever an implementation makes of it in memory: a run may go on under another
+    one, and at another number of ranks.
 
     Attributes:
         method: the bare module.
@@ -62,11 +65,22 @@ class Replicas(ABC):
 
     @abstractmethod
     def collecting(self) -> AbstractContextManager[None]:
-        """Within the context backward passes add to this rank's own gradient; its end averages it over ranks.
+        """Within the context backward passes add to this rank's own gradient, which is averaged over ranks by its end.
 
         A context that is left by an exception averages nothing, so either all ranks leave it so or none. After
         `discard` there is nothing to average.
         """
+
+    @abstractmethod
+    def averaging(self) -> AbstractContextManager[None]:
+        """Within the context, once in `collecting`, runs the backward pass that completes the gradient.
+
+        Averaging may begin before that pass ends: where a rank has failed in it, all have to `catch_up`.
+        """
+
+    def catch_up(self) -> list[dist.Work]:
+        """Start what this rank has not yet started of the step's averages; all that is under way. The gradient is lost."""
+        return []
 
     @abstractmethod
     def discard(self) -> None:
@@ -86,12 +100,21 @@ class Replicas(ABC):
         """
 
     @abstractmethod
-    def update(self) -> None:
-        """Let the optimizer move the parameters by the gradient, and forget that. Under fp16 an overflow skips the update."""
+    def update(self, left_out: Tensor) -> None:
+        """Let the optimizer move the parameters by the gradient, and forget that. Under fp16 an overflow skips the update.
+
+        Nothing is moved where `left_out` (bool [], equal on all ranks) is true; only where `decides_on_device`, or else it is
+        for the caller to heed.
+        """
 
     @property
     @abstractmethod
-    def loss_scale(self) -> float | None:
+    def decides_on_device(self) -> bool:
+        """Whether the host need not know if an update is to be done."""
+
+    @property
+    @abstractmethod
+    def loss_scale(self) -> Tensor | float | None:
         """By what losses are multiplied now; None where they are not."""
 
     @property
@@ -119,38 +142,35 @@ class Embedder(nn.Module):
         super().__init__()
         self.method = method
 
-    def forward(self, batch: Batch | None, what: Passed = "both") -> Embeddings:
-        """A batch's embeddings, its targets, or both; without a batch, a zero that depends on each trained parameter."""
-        if batch is not None:
-            method = self.method
-            passes = {"embeddings": method.embed, "targets": method.targets, "both": method.embed_all}
-            return passes[what](batch)
-        zeros = [p.sum() * 0 for p in self.method.parameters() if p.requires_grad]
-        return {"zero": torch.stack(zeros).sum()}
+    def forward(self, batch: Batch, what: Passed) -> Embeddings:
+        """A batch's embeddings, its targets, or both."""
+        method = self.method
+        passes = {"embeddings": method.embed, "targets": method.targets, "both": method.embed_all}
+        return passes[what](batch)
 
 
 class DataParallel(Replicas):
-    """Whole copies under torch's DistributedDataParallel; at one rank, the bare method."""
+    """Whole copies, whose gradients are averaged in buckets; at one rank there is nothing to average."""
 
     def __init__(self, method: Method, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> None:
         self.method = method
         self.optimizer = optimizer
         self.device = accelerator.device
         self._accelerator = accelerator
-        self._ddp = accelerator.prepare(Embedder(method))
-        # Buffers need no broadcast at each step. Unsynchronised BatchNorm statistics differ between ranks, but training never
-        # reads them, and probes and checkpoints take rank 0's; other buffers (a queue) are equal on all ranks by themselves.
-        self._ddp.broadcast_buffers = False
-        # After its first pass DDP orders its buckets anew, with a broadcast in the next forward pass. That would come in the
-        # second step, within an attempt, where a rank that is out of memory does not answer it: it comes here.
-        for _ in range(2):
-            self._average()
-        method.zero_grad(set_to_none=True)
-        self._prepared = accelerator.prepare(optimizer)
-        self._ddp.train()
+        self._scaler: torch.amp.GradScaler | None = accelerator.scaler
+        # Accelerate moves it to its device and casts its passes; DistributedDataParallel, in which it would wrap it for training,
+        # can't do what `Buckets` do.
+        self._module = accelerator.prepare_model(Embedder(method), evaluation_mode=True)
+        self._module.train()
+        self._buckets: Buckets | None = None
+        if distributed.world_size() > 1:
+            # Buffers need no broadcast at each step. Unsynchronised BatchNorm statistics differ between ranks, but training never
+            # reads them, and probes and checkpoints take rank 0's; other buffers (a queue) are equal on all ranks by themselves.
+            distributed.broadcast_parameters(method)
+            self._buckets = Buckets([p for p in method.parameters() if p.requires_grad])
 
     def forward(self, batch: Batch, what: Passed) -> Embeddings:
-        embeddings: Embeddings = self._ddp(batch, what)
+        embeddings: Embeddings = self._module(batch, what)
         return embeddings
 
     def backward(self, loss: Tensor) -> None:
@@ -158,41 +178,52 @@ class DataParallel(Replicas):
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        self._collected = True
-        with self._accelerator.no_sync(self._ddp):
-            yield
-        if self._collected:
-            self._average()
+        if self._buckets:
+            self._buckets.begin()
+        yield
+
+    def averaging(self) -> AbstractContextManager[None]:
+        return self._buckets.averaging() if self._buckets else nullcontext()
+
+    def catch_up(self) -> list[dist.Work]:
+        return self._buckets.catch_up() if self._buckets else []
 
     def discard(self) -> None:
-        self._collected = False
+        if self._buckets:
+            self._buckets.forget()
         self.method.zero_grad(set_to_none=True)
 
-    def _average(self) -> None:
-        """DDP's only communication in a step.
-
-        DDP averages in a backward pass that it has prepared; this one adds nothing to the gradients that are there.
-        """
-        if distributed.world_size() > 1:
-            distributed.arrive()
-            self._ddp(None)["zero"].backward()
-
     def norm_and_clip(self, largest: float) -> Tensor:
-        self._accelerator.unscale_gradients()
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimizer)
         parameters = [p for p in self.method.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if largest:
             torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
         return norm
 
-    def update(self) -> None:
-        self._prepared.step()
-        self._prepared.zero_grad()
+    def make_room(self) -> None:
+        make_momentum(self.optimizer)
+
+    def update(self, left_out: Tensor) -> None:
+        if self._scaler is None:
+            step_unless(self.optimizer, left_out)
+        else:
+            # An overflow that it has found itself it takes for routine, and lowers the scale.
+            for found in self._scaler._found_inf_per_device(self.optimizer).values():
+                found.copy_(torch.maximum(found, left_out.float()))
+            make_momentum(self.optimizer)
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
 
     @property
-    def loss_scale(self) -> float | None:
-        scaler = self._accelerator.scaler
-        return None if scaler is None else float(scaler.get_scale())
+    def decides_on_device(self) -> bool:
+        return True
+
+    @property
+    def loss_scale(self) -> Tensor | None:
+        return None if self._scaler is None else self._scaler._get_scale_async()
 
     @property
     def has_state(self) -> bool:
@@ -203,12 +234,11 @@ class DataParallel(Replicas):
 
     def state(self) -> OptimizerState:
         tensors, rest = optimizer_tensors(self.optimizer)
-        scaler = self._accelerator.scaler
         return OptimizerState(
-            tensors if distributed.is_main() else {}, rest, None if scaler is None else scaler.state_dict()
+            tensors if distributed.is_main() else {}, rest, None if self._scaler is None else self._scaler.state_dict()
         )
 
     def load(self, state: OptimizerState) -> None:
         load_optimizer(self.optimizer, state.tensors, state.rest)
-        if self._accelerator.scaler is not None:
-            self._accelerator.scaler.load_state_dict(state.scaler or {})
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state.scaler or {})

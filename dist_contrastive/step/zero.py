@@ -2,11 +2,11 @@
 
 Passes, gradient caching and the protocol for a rank that runs out of memory are those of whole copies: DeepSpeed's
 `coalesce_grad_reduction` leaves gradients where backward passes put them until a step has all of them. Parameters stay in
-fp32, and passes run under torch's autocast, as under DistributedDataParallel, so that both compute the same.
+fp32, and passes run under torch's autocast, as those of whole copies, so that both compute the same.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -63,6 +63,9 @@ class ShardedOptimizer(Replicas):
             yield
             distributed.arrive()
 
+    def averaging(self) -> AbstractContextManager[None]:
+        return nullcontext()  # it averages when `collecting` ends
+
     def discard(self) -> None:
         self._zero.zero_grad()
 
@@ -78,7 +81,7 @@ class ShardedOptimizer(Replicas):
         held = [torch.empty_like(share) for share, _, _ in self._shares() for _ in range(STATES + 2)]
         held.clear()
 
-    def update(self) -> None:
+    def update(self, left_out: Tensor) -> None:
         distributed.arrive()
         self._engine.step()
         if self._autocast is torch.float16:
@@ -92,6 +95,10 @@ class ShardedOptimizer(Replicas):
             self._scale *= GROWTH
             self._good_updates = 0
         self._zero.override_loss_scale(self._scale)
+
+    @property
+    def decides_on_device(self) -> bool:
+        return False  # DeepSpeed asks the device whether any gradient is infinite
 
     @property
     def loss_scale(self) -> float | None:

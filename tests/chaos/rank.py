@@ -13,7 +13,7 @@ from dist_contrastive import distributed, liveness
 from dist_contrastive.batch import Batch
 from dist_contrastive.data import loader
 from dist_contrastive.train import main
-from dist_contrastive.trainer import Trainer
+from dist_contrastive.trainer import StepReport, Trainer
 
 
 def fail(trainer: Trainer, batch: Batch) -> None:
@@ -37,7 +37,7 @@ def out_of_memory(trainer: Trainer, batch: Batch) -> None:
 
 
 def no_memory_for_the_optimizer(trainer: Trainer, batch: Batch) -> None:
-    def failing() -> None:
+    def failing(left_out: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("injected")
 
     trainer.replicas.update = failing  # type: ignore[method-assign]
@@ -88,7 +88,7 @@ def install(kind: str, rank: int, step: int) -> None:
     lock = threading.Lock()
     done = False
 
-    def disturbed(self: Trainer, batch: Batch) -> dict[str, float]:
+    def disturbed(self: Trainer, batch: Batch) -> list[StepReport]:
         nonlocal done
         with lock:
             due = not done and self.step == step and distributed.rank() == rank
