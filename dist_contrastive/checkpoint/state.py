@@ -34,6 +34,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, rest: lis
     rounding may differ, and a resumed run must equal an uninterrupted one bit for bit.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # Fused optimizers count steps on the device, others on the host.
+    devices = [p.device if group.get("fused") else "cpu" for group in optimizer.param_groups for p in group["params"]]
     for number, (parameter, values) in enumerate(zip(parameters, rest, strict=True)):
         restored: dict[str, Any] = dict(values)
         prefix = f"{number}."
@@ -41,10 +43,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, rest: lis
             if not name.startswith(prefix):
                 continue
             key = name.removeprefix(prefix)
-            # AdamW keeps its step counter on the CPU, even where a parameter is a scalar as well.
+            # AdamW's step counter is no moment, even where a parameter is a scalar as well.
             is_alike = value.shape == parameter.shape and key != "step"
             # A copy in any case: what is mapped from a file would keep that file's room on the disk.
-            restored[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value) if is_alike else value.clone()
+            if is_alike:
+                restored[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            else:
+                restored[key] = value.clone().to(devices[number])
         if restored:
             optimizer.state[parameter] = restored
 

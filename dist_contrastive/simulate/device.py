@@ -196,7 +196,8 @@ def fake_cuda(ranks: int, on_sync: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-# BatchNorm's kernels for sums over several ranks have no shapes for fake tensors. What they give: two or four [C], or one like x.
+# Some kernels have no shapes for fake tensors. What BatchNorm's for sums over several ranks give: two or four [C], or one like x;
+# what SGD's gives: nothing.
 _library = torch.library.Library("aten", "IMPL", "Meta")  # what is registered goes with it
 
 
@@ -207,5 +208,6 @@ def _of_channels(x: Tensor, count: int) -> tuple[Tensor, ...]:
 for _name in ("batch_norm_stats", "batch_norm_update_stats"):
     _library.impl(_name, lambda x, *args: _of_channels(x, 2))
 _library.impl("batch_norm_backward_reduce", lambda dy, x, *args: _of_channels(x, 4))
+_library.impl("_fused_sgd_", lambda *args, **kwargs: None)
 _library.impl("batch_norm_elemt", lambda x, *args: torch.empty_like(x))
 _library.impl("batch_norm_backward_elemt", lambda dy, x, *args: torch.empty_like(x))
