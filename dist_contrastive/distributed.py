@@ -158,6 +158,12 @@ def gather_numbers(*values: int) -> list[list[int]]:
     return found
 
 
+def any_rank(answer: bool) -> bool:
+    """Whether any rank's answer is yes."""
+    (answers,) = gather_numbers(int(answer))
+    return any(answers)
+
+
 def _send_numbers(*values: int) -> tuple[Tensor, dist.Work]:
     """A tensor that has, for each of `values`, all ranks' in rank order once what comes with it is done."""
     numbers = torch.zeros(len(values), world_size(), dtype=torch.int64)
@@ -433,7 +439,7 @@ def gather_with_grad(x: Tensor) -> Tensor:
     """The rows of all ranks in rank order, with gradient: [n, ...] on each rank to [W·n, ...].
 
     The backward pass sums the gradients that all W ranks' losses send to this rank's rows. With rank-local losses that
-    are means over the rank's own anchors, DDP's average over ranks then equals the gradient of the mean over all
+    are means over the rank's own anchors, the average over ranks then equals the gradient of the mean over all
     anchors, as at one rank. Every rank must have the same number of rows and must take part in both passes.
     """
     if world_size() == 1:
@@ -457,7 +463,7 @@ def sum_with_grad(x: Tensor) -> Tensor:
     """The sum of `x` over ranks, of the same shape, with gradient.
 
     The backward pass sums what all ranks' losses send back, as in `gather_with_grad`: a loss that every rank computes
-    from the sum has, after DDP's average, the gradient that one rank with all samples would have.
+    from the sum has, after the average over ranks, the gradient that one rank with all samples would have.
     """
     if world_size() == 1:
         return x

@@ -371,13 +371,14 @@ def test_messages_outlast_the_time_out_of_what_goes_between_devices() -> None:
         run_ranks(wait_for_rank_0, 2, False)
 
 
-def answer(rank: int) -> list[list[int]]:
-    return distributed.gather_numbers(10 - rank, 2**40 + rank)
+def answer(rank: int) -> tuple[list[list[int]], bool, bool]:
+    numbers = distributed.gather_numbers(10 - rank, 2**40 + rank)
+    return numbers, distributed.any_rank(rank == 1), distributed.any_rank(False)
 
 
 def test_hosts_ask_one_another() -> None:
-    assert run_ranks(answer, 2) == [[[10, 9], [2**40, 2**40 + 1]]] * 2
-    assert answer(0) == [[10], [2**40]]
+    assert run_ranks(answer, 2) == [([[10, 9], [2**40, 2**40 + 1]], True, False)] * 2
+    assert answer(0) == ([[10], [2**40]], False, False)
 
 
 def fail_on_rank_1(rank: int) -> None:

@@ -84,7 +84,7 @@ class Simulation:
     embedding_bytes: int
     """What the method made of the rank batch: embeddings and targets."""
     held_bytes: int
-    """Tensors on the device between updates: the model, the optimizer's state, DDP's buckets."""
+    """Tensors on the device between updates: the model, the optimizer's state, buckets of gradients."""
     checkpoint_bytes: int
     """Tensors that a checkpoint holds: the model, and the optimizer's state of all ranks."""
     peak_bytes: int
