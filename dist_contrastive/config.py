@@ -445,6 +445,17 @@ class LaunchConfig:
     """auto takes what `accelerate launch` was told (fp32 if nothing)."""
     timeout_minutes: float = 30.0
     """The longest wait of a collective operation."""
+    compile: bool = False
+    """Train the encoder as compiled code (torch.compile): a graph for each shape of its passes, of which there may be no more
+    than the run begins with. The first step takes a minute or more."""
+    tf32: bool = False
+    """Products and convolutions of fp32 numbers in TensorFloat-32, which has 10 bits of mantissa instead of 23 (Ampere GPUs and
+    newer)."""
+    cudnn_benchmark: bool = False
+    """Let cuDNN try its ways to convolve in the first steps and keep the fastest; another start may find another, so that
+    results repeat but for rounding."""
+    expandable_segments: bool = False
+    """Let the allocator extend the segments of GPU memory that it has, which leaves fewer gaps where sizes vary."""
 
     def __post_init__(self) -> None:
         require_finite("launch", self)
@@ -532,7 +543,8 @@ class TrainConfig:
 EXECUTION_FIELDS = (
     "run_dir", "resume", "overwrite", "init_sha256", "stop_after_steps", "batch.micro", "batch.memory_gib", "data.path",
     "data.threads", "data.batches_ahead", "data.timeout_s", "data.resident", "checkpoint.every", "checkpoint.every_steps",
-    "checkpoint.every_minutes", "checkpoint.keep", "launch.ranks", "launch.device", "launch.timeout_minutes",
+    "checkpoint.every_minutes", "checkpoint.keep", "launch.ranks", "launch.device", "launch.timeout_minutes", "launch.compile",
+    "launch.cudnn_benchmark", "launch.expandable_segments",
 )  # fmt: skip
 
 

@@ -20,6 +20,8 @@ from dist_contrastive.config import TrainConfig, UserError
 from dist_contrastive.preflight import (
     ACCELERATE_NAMES,
     ZeroLaunch,
+    check_compiled,
+    check_device_options,
     check_devices,
     check_ranks,
     device_and_precision,
@@ -40,6 +42,7 @@ def connect(config: TrainConfig) -> Accelerator:
     zero = zero_launch(config)
     rendezvous.join(BACKENDS[device], timeout=timeout, gpu=_gpu if device == "cuda" else str)
     check_devices(rendezvous.peers())
+    _use(config, device)
     if zero:
         accelerator = _connect_deepspeed(zero, device, timeout)
     else:
@@ -53,6 +56,21 @@ def connect(config: TrainConfig) -> Accelerator:
     if device == "cpu":  # whatever OMP_NUM_THREADS says: torchrun sets it to 1 where the user does not
         torch.set_num_threads(rendezvous.fair_cores())
     return accelerator
+
+
+def _use(config: TrainConfig, device: str) -> None:
+    """Let torch compute as the config asks; what it does by default is not what it did in other versions."""
+    launch = config.launch
+    check_device_options(launch, device)
+    check_compiled(config, launched_ranks())
+    precision = "tf32" if launch.tf32 else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = launch.cudnn_benchmark
+    if launch.expandable_segments:
+        # Not by PYTORCH_CUDA_ALLOC_CONF, which is read before anyone has asked for anything; before the first tensor it is
+        # early enough.
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def _connect_deepspeed(zero: ZeroLaunch, device: str, timeout: datetime.timedelta) -> Accelerator:

@@ -20,6 +20,8 @@ from dist_contrastive.rendezvous import Peer, in_ranges
 from dist_contrastive.run_folder import start_of
 
 ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+AMPERE = 8
+"""Major compute capability of the first GPUs with TensorFloat-32."""
 PRECISIONS = {name: precision for precision, name in ACCELERATE_NAMES.items()}
 
 
@@ -30,7 +32,9 @@ def check(config: TrainConfig) -> None:
     method_of(config)
     check_dataset(config, find_manifest(config.data.path))
     check_ranks(config, launched_ranks())
-    device_and_precision(config.launch)
+    device, _ = device_and_precision(config.launch)
+    check_device_options(config.launch, device)
+    check_compiled(config, launched_ranks())
     zero_launch(config)
 
 
@@ -121,6 +125,48 @@ def device_and_precision(wanted: LaunchConfig) -> tuple[str, str]:
         "this GPU computes no bf16 (that takes Ampere or newer: A100, RTX 30); use --launch.precision fp16",
     )
     return "cuda", precision
+
+
+def check_device_options(launch: LaunchConfig, device: str) -> None:
+    """`UserError` where the run is to use what `device`, cpu or cuda, has not."""
+    for option, is_asked in (
+        ("--launch.tf32", launch.tf32),
+        ("--launch.cudnn-benchmark", launch.cudnn_benchmark),
+        ("--launch.expandable-segments", launch.expandable_segments),
+    ):
+        require(not is_asked or device == "cuda", f"{option} is for GPUs, and the run is on the CPU; leave it out")
+    require(
+        not launch.tf32 or torch.cuda.get_device_capability()[0] >= AMPERE,
+        "--launch.tf32: this GPU has no TensorFloat-32 (that takes Ampere or newer: A100, RTX 30); leave it out",
+    )
+
+
+def check_compiled(config: TrainConfig, ranks: int) -> None:
+    """`UserError` where the run is to be compiled, and its forward passes would not keep the shapes of the first step."""
+    if not config.launch.compile:
+        return
+    rank_batch, micro = Share(config.batch.size, num_ranks=ranks).rank_batch, config.batch.micro
+    option = "--launch.compile"
+    require(
+        config.encoder.norm != "sync",
+        f"{option} with --encoder.norm sync: what ranks tell one another within a pass can't be compiled; give batch or group",
+    )
+    require(
+        not method_of(config).needs_patches,
+        f"{option} with {config.method.name}: passes with masked patches are not compiled; leave it out",
+    )
+    if micro == "auto":
+        raise UserError(f"{option} with --batch.micro auto, which may take any size: give --batch.micro a number")
+    if 0 < micro < rank_batch:
+        require(
+            rank_batch % micro == 0,
+            f"{option} with --batch.micro {micro}: a rank's {rank_batch} samples would make passes of two sizes; give a divisor",
+        )
+        require(
+            config.encoder.norm == "group",
+            f"{option} with --batch.micro {micro} and --encoder.norm batch: each micro-batch moves the running statistics by "
+            "another share, and would be compiled by itself; give --encoder.norm group or --batch.micro 0",
+        )
 
 
 def device_number() -> int:

@@ -18,6 +18,7 @@ from dist_contrastive.config import TrainConfig, UserError, require, to_dict
 from dist_contrastive.data.augment import Augment
 from dist_contrastive.methods import Method, method_of
 from dist_contrastive.methods.base import MethodSettings
+from dist_contrastive.models.base import Encoder
 from dist_contrastive.models.encoders import build_encoder
 from dist_contrastive.optim import build_optimizer, learning_rate, peak_learning_rate, set_rates, weight_decay
 from dist_contrastive.preflight import device_and_precision, zero_launch
@@ -123,6 +124,10 @@ class Trainer:
             self.replicas = ShardedOptimizer(self.method, optimizer, accelerator, self.precision)
         else:
             self.replicas = DataParallel(self.method, optimizer, accelerator)
+        if config.launch.compile:
+            for module in self.method.modules():
+                if isinstance(module, Encoder):
+                    module.compile_training()
         self.gradient = StepGradient(
             self.replicas,
             Augment(config.augment, VIEW_DTYPES[self.precision] if self.device.type == "cuda" else torch.float32),

@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from dist_contrastive.config import EncoderConfig, UserError
 from dist_contrastive.models.drop_path import PassKeys
 
+BACKEND = "inductor"
+"""torch.compile's: what makes code of a graph."""
+
+
+def _run(body: nn.Module, images: Tensor) -> Any:
+    return body(images)
+
 
 class Features(NamedTuple):
     """What an encoder makes of images."""
@@ -54,6 +61,14 @@ class Encoder(nn.Module):
         # By name: a module that two others hold would be in a checkpoint twice.
         self._patch_embedding = patch_embedding
         self._pass_keys = pass_keys
+        self._training_pass = _run
+
+    def compile_training(self) -> None:
+        """Run `forward` in training mode as compiled code from now on; each shape of images is compiled once, as it comes.
+
+        Evaluation, which has batches of other sizes, stays as it is.
+        """
+        self._training_pass = torch.compile(_run, backend=BACKEND, dynamic=False)
 
     def forward(self, images: Float[Tensor, "n 3 s s"], keys: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n d"]:
         """Features [N, D] of normalized images [N, 3, S, S], in the dtype of the encoder's last layer.
@@ -61,7 +76,8 @@ class Encoder(nn.Module):
         `keys` int64 [N] are the images', for stochastic depth, which can't be had in training mode without them.
         """
         with self._pass_keys.during(keys):
-            return self._vectors(self.body(images), len(images))
+            run = self._training_pass if self.training else _run
+            return self._vectors(run(self.body, images), len(images))
 
     def features(
         self,

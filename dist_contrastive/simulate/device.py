@@ -4,7 +4,8 @@ Tensors on the device are torch's fake tensors: operations give the right shapes
 Tensors on the host are real. So the host's part of a step (what is drawn, what is decided) runs as it is. Whatever is read
 back from the device is zero.
 
-What it can't see: workspaces of cuDNN and NCCL, the context, the allocator's rounding and fragmentation.
+What it can't see: workspaces of cuDNN and NCCL, the context, the allocator's rounding and fragmentation, compiled code (it runs
+what would be compiled).
 """
 
 import os

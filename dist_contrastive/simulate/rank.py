@@ -36,7 +36,7 @@ def simulate_here(
         config,
         batch=replace(config.batch, micro=size),
         log_every=UPDATES if logged else UPDATES + 1,
-        launch=replace(config.launch, ranks=ranks, device="cuda", precision=precision),
+        launch=replace(config.launch, ranks=ranks, device="cuda", precision=precision, compile=False),
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     watch, memory = Watch("cuda"), TensorCount("cuda")
