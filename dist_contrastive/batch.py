@@ -113,6 +113,8 @@ def smallest_part(num_samples: int, micro: int) -> int:
 
 
 def largest_micro(num_samples: int, at_most: int, fewest: int) -> int:
-    """The largest micro-batch up to `at_most` whose parts of `num_samples` have no fewer than `fewest`; 0 if there is none."""
+    """The largest part of `num_samples` up to `at_most`, where they are cut into as few balanced parts as that allows and none
+    has fewer than `fewest`; 0 if there is no such cut."""
     fitting = (m for m in range(min(at_most, num_samples), 0, -1) if smallest_part(num_samples, m) >= fewest)
-    return next(fitting, 0)
+    largest = next(fitting, 0)
+    return math.ceil(num_samples / math.ceil(num_samples / largest)) if largest else 0

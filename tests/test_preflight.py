@@ -298,7 +298,7 @@ def test_the_largest_micro_batch_leaves_no_part_too_small(num_samples: int, fewe
         parts = {m: [part.stop - part.start for part in split(num_samples, m)] for m in range(1, at_most + 1)}
         assert all(min(sizes) == smallest_part(num_samples, m) for m, sizes in parts.items())
         fitting = [m for m, sizes in parts.items() if min(sizes) >= fewest]
-        assert found == max(fitting, default=0)
+        assert found == (max(parts[max(fitting)]) if fitting else 0), "what a pass of that micro-batch really has"
 
 
 # Options with the data.
