@@ -360,7 +360,7 @@ class OptimConfig:
     decay_epochs: float = 0.0
     """Length of the decay at the end of the schedule wsd."""
     clip_norm: float = 0.0
-    """Largest norm of the whole gradient, that of parameters included which stand still at first (prototypes); 0 does not clip."""
+    """Largest norm of the whole gradient, also of parameters that stand still at first (prototypes); 0 does not clip."""
     weight_decay_end: float | None = None
     """What weight decay changes to over the run, on a cosine (DINO: from 0.04 to 0.4); None: it stays."""
     layer_decay: float = 1.0
