@@ -67,6 +67,7 @@ from dist_contrastive.simulate.patches import patched
 from dist_contrastive.step import gradient as step_gradient
 from dist_contrastive.step.memory import measure_peak
 from dist_contrastive.step.memory_plan import example
+from dist_contrastive.step.replicas import DataParallel
 from dist_contrastive.trainer import Trainer, build_method
 
 QUESTION = "how many images a second does training take in, and where does a step's time go?"
@@ -187,9 +188,11 @@ def instrumented(trainer: Trainer, sections: Sections) -> Iterator[None]:
         (trainer.gradient, "attempt_update", OPTIMIZER),
     ]
     if distributed.is_distributed():
-        questions = ("all_reduce_sum", "all_gather", "any_rank", "small_sum", "gather_numbers")
+        questions = ("all_reduce_sum", "all_gather", "reduce_scatter_sum", "any_rank", "small_sum", "gather_numbers")
         places += [(distributed, name, COMMUNICATION) for name in questions]
-        places.append((trainer.replicas, "_average", COMMUNICATION))
+        assert isinstance(trainer.replicas, DataParallel)
+        # Of the average of gradients, what is left to wait for when the backward pass ends.
+        places.append((trainer.replicas._buckets, "_wait", COMMUNICATION))
     with ExitStack() as stack:
         for owner, name, section in places:
             stack.enter_context(sections.around(owner, name, section))
