@@ -292,6 +292,7 @@ class Trainer:
             "micro": self.gradient.micro,
             "optimizer": optimizer.rest,
             "scaler": optimizer.scaler,
+            "gradient_places": optimizer.places,
             "extra": extra,
         }
         self.saver.save(self.step, state, {"model": self.method.state_dict(), "optimizer": optimizer.tensors})
@@ -313,7 +314,9 @@ class Trainer:
         )
         load_module(self.method, checkpoint.tensors["model"])
         self.replicas.adopt_parameters()
-        self.replicas.load(OptimizerState(checkpoint.tensors["optimizer"], state["optimizer"], state["scaler"]))
+        # Written by older versions without places.
+        places = state.get("gradient_places", [])
+        self.replicas.load(OptimizerState(checkpoint.tensors["optimizer"], state["optimizer"], state["scaler"], places))
         # A micro-batch that was found or forced stays what it was, for BatchNorm's sake, where it was for the same share.
         if state["ranks"] == distributed.world_size() and state["config"]["batch"] == to_dict(self.config)["batch"]:
             self.gradient.micro = state["micro"]

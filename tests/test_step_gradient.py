@@ -20,7 +20,7 @@ from dist_contrastive.methods.simclr import SimCLR
 from dist_contrastive.models.sync_norm import SyncBatchNorm
 from dist_contrastive.models.teacher import Teacher
 from dist_contrastive.step import buckets
-from dist_contrastive.step.gradient import split
+from dist_contrastive.step.gradient import StepGradient, split
 from dist_contrastive.step.replicas import DataParallel
 from tests.harness import RankError, run_ranks
 from tests.runs import (
@@ -251,6 +251,32 @@ def gradients_lie_in_buckets(rank: int, micro: int) -> bool:
 @pytest.mark.parametrize("micro", [0, 1])
 def test_gradients_have_one_piece_of_memory_and_lie_as_their_parameters(micro: int) -> None:
     assert run_ranks(gradients_lie_in_buckets, 2, micro) == [True, True]
+
+
+def offsets(steps: StepGradient) -> list[int]:
+    assert isinstance(steps.replicas, DataParallel)
+    assert steps.replicas._buckets
+    return [int(view.storage_offset()) for view in steps.replicas._buckets._views]
+
+
+def layouts(rank: int, num_steps: int) -> tuple[list[int], list[int], list[int]]:
+    """Where gradients lie at first, in the step after some, and in that step in a run that was resumed before it."""
+    small_buckets()
+    going_on, resumed = (step_gradient(build("clip", GROUP), 2) for _ in range(2))
+    first = offsets(going_on)
+    for step in range(num_steps):
+        going_on.compute(share_of_batch(going_on.method), clock_at(step=step))
+        going_on.method.zero_grad(set_to_none=True)
+    resumed.replicas.load(replace(going_on.replicas.state(), tensors={}))
+    for steps in (going_on, resumed):
+        steps.compute(share_of_batch(steps.method), clock_at(step=num_steps))
+    return first, offsets(going_on), offsets(resumed)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_a_run_that_goes_on_adds_gradients_up_in_the_order_in_which_it_did(num_steps: int) -> None:
+    for first, going_on, resumed in run_ranks(layouts, 2, num_steps):
+        assert going_on == resumed != first
 
 
 def start_from_other_weights(rank: int) -> list[np.ndarray]:

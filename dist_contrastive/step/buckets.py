@@ -31,7 +31,8 @@ class Buckets:
     the context ends, those too whose parameters got no gradient, which is zero then.
 
     Parameters are at first in the reverse of their own order. After the first step all ranks take the order in which rank 0's
-    gradients were complete, where those that the last pass does not reach (a loss's own) come first.
+    gradients were complete, where those that the last pass does not reach (a loss's own) come first. Where a gradient lies
+    decides in which order ranks are added up, and so about its rounding: a run that goes on takes the order over (`places`).
 
     Where a rank fails in `averaging`, or before it comes to that, others may wait for its part in any bucket. It sends all that
     it has not sent, whatever is in them, and so does each rank when it hears of the failure (`catch_up`): all have sent all, and
@@ -49,7 +50,7 @@ class Buckets:
         self._buckets: list[Tensor] = []
         self._bucket_of: list[int] = []
         self._early: set[int] = set()
-        self._learnt = False
+        self._learnt: list[int] | None = None
         self._lay_out([*reversed(range(len(self._parameters)))])
         self._is_last = False
         self._completed: list[int] = []
@@ -82,18 +83,28 @@ class Buckets:
 
     def begin(self) -> None:
         """A step begins; no gradient is there. All ranks call it together."""
-        if self._completed and not self._learnt:
-            places = dict(zip(self._completed, range(len(self._completed)), strict=True))
-            of_ranks = distributed.gather_numbers(*[places.get(number, -1) for number in range(len(self._parameters))])
-            of_rank_0 = [of_parameter[0] for of_parameter in of_ranks]
-            self._early = {number for number, place in enumerate(of_rank_0) if place < 0}
-            self._lay_out(sorted(range(len(of_rank_0)), key=lambda number: of_rank_0[number]))
-            self._memory.zero_()
-            for parameter in self._parameters:
-                parameter.grad = None
-            self._learnt = True
+        places = self.places
+        if places and self._learnt is None:
+            self.take([of_parameter[0] for of_parameter in distributed.gather_numbers(*places)])
         self._works: list[dist.Work] = []
         self._completed = []
+
+    @property
+    def places(self) -> list[int]:
+        """At which place the last pass completes each parameter's gradient, -1 where it does not; empty before the first step."""
+        if self._learnt is not None or not self._completed:
+            return self._learnt or []
+        place_of = {number: place for place, number in enumerate(self._completed)}
+        return [place_of.get(number, -1) for number in range(len(self._parameters))]
+
+    def take(self, places: Sequence[int]) -> None:
+        """Lay gradients out by rank 0's `places`; between steps, and on all ranks."""
+        self._learnt = list(places)
+        self._early = {number for number, place in enumerate(places) if place < 0}
+        self._lay_out(sorted(range(len(places)), key=lambda number: places[number]))
+        self._memory.zero_()
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def forget(self) -> None:
         """What was completed is no whole step's."""

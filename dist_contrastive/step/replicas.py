@@ -32,6 +32,8 @@ class OptimizerState:
     """JSON values, a dict for each parameter: its state that is no tensor."""
     scaler: dict[str, Any] | None
     """The loss scaler's; None where losses are not scaled."""
+    places: list[int]
+    """In which order gradients are averaged (`Buckets.places`); empty where that is not known."""
 
 
 class Replicas(ABC):
@@ -235,10 +237,15 @@ class DataParallel(Replicas):
     def state(self) -> OptimizerState:
         tensors, rest = optimizer_tensors(self.optimizer)
         return OptimizerState(
-            tensors if distributed.is_main() else {}, rest, None if self._scaler is None else self._scaler.state_dict()
+            tensors if distributed.is_main() else {},
+            rest,
+            None if self._scaler is None else self._scaler.state_dict(),
+            self._buckets.places if self._buckets else [],
         )
 
     def load(self, state: OptimizerState) -> None:
         load_optimizer(self.optimizer, state.tensors, state.rest)
         if self._scaler is not None:
             self._scaler.load_state_dict(state.scaler or {})
+        if self._buckets and state.places:
+            self._buckets.take(state.places)

@@ -141,7 +141,7 @@ class ShardedOptimizer(Replicas):
                 "growth_interval": GROWTH_INTERVAL,
                 "_growth_tracker": self._good_updates,
             }
-        return OptimizerState(tensors, rest, scaler)
+        return OptimizerState(tensors, rest, scaler, places=[])
 
     def load(self, state: OptimizerState) -> None:
         for share, parameters, first in self._shares():
