@@ -32,7 +32,9 @@ OPTIONS = set(
 --optim.schedule --optim.decay-epochs --optim.weight-decay-end --optim.layer-decay
 --probe.enabled --probe.no-enabled --probe.every --probe.knn-k --probe.knn-temperature --probe.strengths --probe.holdout
 --checkpoint.every --checkpoint.every-steps --checkpoint.every-minutes --checkpoint.keep
---launch.ranks --launch.device --launch.precision --launch.timeout-minutes
+--launch.ranks --launch.device --launch.precision --launch.timeout-minutes --launch.compile --launch.no-compile --launch.tf32
+--launch.no-tf32 --launch.cudnn-benchmark --launch.no-cudnn-benchmark --launch.expandable-segments
+--launch.no-expandable-segments
 """.split()  # noqa: SIM905 - a list of strings would be a page long
 )
 METHOD_OPTIONS = {
