@@ -21,6 +21,7 @@ OPTIONS = set(
 --method.projector.output-norm --method.projector.no-output-norm --method.projector.activation
 --method.projector.hidden-norm --method.projector.no-hidden-norm
 --data.path --data.image-size --data.eval-crop --data.threads --data.batches-ahead --data.timeout-s
+--data.resident --data.no-resident
 --augment.count --augment.size --augment.crop-scale --augment.crop-ratio --augment.flip
 --augment.jitter --augment.brightness --augment.contrast --augment.saturation --augment.hue
 --augment.grayscale --augment.blur --augment.blur-sigma --augment.solarize
