@@ -1,8 +1,9 @@
 """`python -m benchmarks.loss`: what do the contrastive losses take, in time and in memory?
 
 Value and gradient of NT-Xent over 2B embeddings at one rank, from embeddings that are there already: this package's loss, as it
-chooses to compute it on the device; plain torch over the whole matrix of similarities; lightly's `NTXentLoss`. Then queries
-against a queue of 65,536 keys, by the same three. A contender whose matrices do not fit into the free memory is not run.
+chooses to compute it on the device (on GPUs also without its kernels); plain torch over the whole matrix of similarities;
+lightly's `NTXentLoss`. Then queries against a queue of 65,536 keys, by the same ones. A contender whose matrices do not fit into
+the free memory is not run.
 
     python -m benchmarks.loss
     python -m benchmarks.loss --rows 1024 131072 --queries --rounds 1
@@ -33,17 +34,20 @@ from benchmarks.frame import (
 )
 from dist_contrastive.cli import main_guard
 from dist_contrastive.config import require
+from dist_contrastive.losses import fused
 from dist_contrastive.losses.infonce import nt_xent, queue_nce
+from dist_contrastive.simulate.patches import patched
 from dist_contrastive.step.memory import TensorCount, measure_peak
 
 QUESTION = "what do the contrastive losses take, in time and in memory?"
 MS, TENSORS, MEMORY = "ms, forward and backward", "MB of tensors beyond inputs", "MB of memory beyond inputs"
-OURS, DENSE, LIGHTLY = "ours", "whole matrix", "lightly"
+OURS, BLOCKS, DENSE, LIGHTLY = "ours", "ours, in blocks", "whole matrix", "lightly"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEMPERATURE = 0.1
 ROWS = (1024, 4096, 8192, 16384, 32768, 65536, 131072)
 MOST_ROWS_ON_CPU = 32768
 """Of the default ones: four times as many take sixteen times as long."""
-MATRICES = {DENSE: 4, LIGHTLY: 5}
+MATRICES = {DENSE: 4, LIGHTLY: 5}  # of float32
 """About how many matrices of all similarities are held at once: logits, masks, their softmax, gradients."""
 FREE_PART = 0.6
 """Of the free memory, which may be filled."""
@@ -66,6 +70,8 @@ class Command(Turns):
     """Take fewer rounds of a case where all of them would take longer than this."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the losses are computed."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the embeddings; training hands them over in fp32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +85,16 @@ class Command(Turns):
 def our_nt_xent(embeddings: Tensor) -> Tensor:
     rows = F.normalize(embeddings, dim=-1).flatten(0, 1)
     return nt_xent(rows, rows, offset=0, num_views=2, temperature=TEMPERATURE)
+
+
+def in_blocks(loss: Loss) -> Loss:
+    """One of ours without its kernels."""
+
+    def value(embeddings: Tensor) -> Tensor:
+        with patched(fused, "_can_choose", lambda anchors, others: False):
+            return loss(embeddings)
+
+    return value
 
 
 def dense_nt_xent(embeddings: Tensor) -> Tensor:
@@ -124,11 +140,11 @@ def dense_queue(queue: Tensor) -> Loss:
     return value
 
 
-def lightly_queue(num_keys: int, dimension: int, device: torch.device) -> Loss:
+def lightly_queue(num_keys: int, dimension: int, device: torch.device, dtype: torch.dtype) -> Loss:
     """Its memory bank takes the keys of each call in, too."""
     from lightly.loss import NTXentLoss
 
-    loss = NTXentLoss(temperature=TEMPERATURE, memory_bank_size=(num_keys, dimension)).to(device)
+    loss = NTXentLoss(temperature=TEMPERATURE, memory_bank_size=(num_keys, dimension)).to(device, dtype)
 
     def value(embeddings: Tensor) -> Tensor:
         queries, keys = embeddings
@@ -160,7 +176,8 @@ def measure(
 ) -> None:  # fmt: skip
     """Time and memory of each loss at embeddings [2, num, E]."""
     generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(2, num, command.dimension, generator=generator).to(device).requires_grad_()
+    embeddings = torch.randn(2, num, command.dimension, generator=generator)
+    embeddings = embeddings.to(device, DTYPES[command.dtype]).requires_grad_()
 
     def both_passes(loss: Loss) -> Callable[[], None]:
         def run() -> None:
@@ -188,6 +205,8 @@ def measure_all(command: Command, device: torch.device, record: Record) -> None:
     most = MOST_ROWS_ON_CPU if device.type == "cpu" else max(ROWS)
     for rows in command.rows or [rows for rows in ROWS if rows <= most]:
         losses: dict[str, Loss] = {OURS: our_nt_xent, DENSE: dense_nt_xent}
+        if device.type == "cuda":
+            losses[BLOCKS] = in_blocks(our_nt_xent)
         if has_lightly:
             losses[LIGHTLY] = lightly_nt_xent()
         case = f"NT-Xent, 2B = {rows:,}"
@@ -196,11 +215,14 @@ def measure_all(command: Command, device: torch.device, record: Record) -> None:
             continue
         measure(case, losses, rows // 2, rows**2, command, device, budget, record)
     generator = torch.Generator().manual_seed(1)
-    queue = F.normalize(torch.randn(command.queue, command.dimension, generator=generator), dim=1).to(device)
+    queue = F.normalize(torch.randn(command.queue, command.dimension, generator=generator), dim=1)
+    queue = queue.to(device, DTYPES[command.dtype])
     for queries in command.queries:
         losses = {OURS: our_queue(queue), DENSE: dense_queue(queue)}
+        if device.type == "cuda":
+            losses[BLOCKS] = in_blocks(losses[OURS])
         if has_lightly:
-            losses[LIGHTLY] = lightly_queue(command.queue, command.dimension, device)
+            losses[LIGHTLY] = lightly_queue(command.queue, command.dimension, device, DTYPES[command.dtype])
         case = f"queue of {command.queue:,}, B = {queries:,}"
         if record.series and budget.is_over():
             record.leave_out(case, "the time was over")
@@ -219,7 +241,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     measure_all(command, device, record)
     body = (
-        f"On {device.type}; {command.dimension} dimensions, float32.\n\n{comparison(record, (MS, MEMORY, TENSORS), OURS)}\n"
+        f"On {device.type}; {command.dimension} dimensions, {command.dtype}.\n\n"
+        f"{comparison(record, (MS, MEMORY, TENSORS), OURS)}\n"
         "Memory: how far the process's resident memory, on a GPU what is allocated, rises in both passes over what is held when "
         "they begin, the embeddings; their gradient is in it. Tensors: the most that live at once, counted.\n"
     )
