@@ -54,7 +54,6 @@ from dist_contrastive import distributed
 from dist_contrastive.batch import Batch, steps_per_epoch
 from dist_contrastive.cli import main_guard
 from dist_contrastive.config import BatchConfig, EncoderConfig, LaunchConfig, TrainConfig
-from dist_contrastive.data.augment import to_normalized
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import TRAIN
 from dist_contrastive.data.loader import Loader
@@ -244,22 +243,23 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, DTYPES[precision]) if precision in DTYPES else nullcontext()
 
 
-def encoder_alone(config: TrainConfig, device: torch.device, precision: str) -> Callable[[int], dict[str, float]]:
-    """Forward and backward of the encoder on a resident batch, of this rank's size, with all its views."""
-    rank_batch = config.batch.size // distributed.world_size()
-    encoder = build_method(config).encoder.to(device).train()
-    views = to_normalized(example(config, rank_batch).views[0].flatten(0, 1), config.augment, device)
-    views = views.contiguous(memory_format=torch.channels_last)
+def encoder_alone(trainer: Trainer, batch: Batch) -> Callable[[int], dict[str, float]]:
+    """Forward and backward of the trainer's own encoder on `batch`, which is augmented already and on the device."""
+    device, encoder = trainer.device, trainer.method.encoder
+    augment = trainer.gradient._augmentation
+    views = augment(batch, device).views[0].flatten(0, 1)
     keys = torch.zeros(len(views), dtype=torch.int64, device=device)
+    global_batch = trainer.config.batch.size
 
     def steps_of(steps: int) -> None:
+        trainer.method.train()
         for _ in range(steps):
-            with autocast(device, precision):
+            with autocast(device, trainer.precision):
                 features = encoder(views, keys)
             features.float().square().mean().backward()
             encoder.zero_grad(set_to_none=True)
 
-    return lambda steps: {IMAGES: config.batch.size * steps / seconds(partial(steps_of, steps), device)}
+    return lambda steps: {IMAGES: global_batch * steps / seconds(partial(steps_of, steps), device)}
 
 
 class LightlyModel(nn.Module):
@@ -375,7 +375,7 @@ def measure(
     contenders: dict[str, Callable[[int], dict[str, float]]] = {
         OURS: ours.turn,
         INSTRUMENTED: ours.timed_turn,
-        ENCODER_ALONE: encoder_alone(config, device, precision),
+        ENCODER_ALONE: encoder_alone(ours.trainer, batch),
     }
     if distributed.world_size() > 1:
         record.leave_out(LIGHTLY, "it is compared at one rank")
