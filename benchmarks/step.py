@@ -110,6 +110,12 @@ class Command(Turns):
     """Where to train."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: what `accelerate launch` was told; else 16 bits on a GPU and fp32 on processors."""
+    compile: bool = False
+    """Ours with a compiled encoder (`--launch.compile`), the encoder alone, too."""
+    cudnn_benchmark: bool = True
+    """Let cuDNN try its ways to convolve, for all contenders."""
+    tf32: bool = False
+    """Products and convolutions of fp32 numbers in TensorFloat-32, for all contenders."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,7 +137,11 @@ def config_of(name: str, command: Command, data: Path, device: torch.device) -> 
         encoder=encoder,
         batch=BatchConfig(size=batch),
         launch=LaunchConfig(
-            device="cuda" if device.type == "cuda" else "cpu", precision=choose_precision(command.precision, device)
+            device="cuda" if device.type == "cuda" else "cpu",
+            precision=choose_precision(command.precision, device),
+            compile=command.compile,
+            cudnn_benchmark=command.cudnn_benchmark,
+            tf32=command.tf32,
         ),
     )
 
