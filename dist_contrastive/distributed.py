@@ -11,7 +11,7 @@ At one rank there is no process group, and none is made: a world of one needs no
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -28,6 +28,8 @@ T = TypeVar("T")
 SHUT_DOWN_S = 20.0
 MESSAGE_TIMEOUT = timedelta(days=7)
 POLL_S = 0.001
+PIECE_BYTES = 64 << 20
+"""Of what is sent from one host to another at a time."""
 
 
 def is_distributed() -> bool:
@@ -393,20 +395,25 @@ def all_gather(x: Tensor) -> Tensor:
     return everyone
 
 
-def all_gather_rows(x: Tensor) -> Tensor:
-    """The rows of all ranks in rank order, without gradient: [n_r, ...] on each rank to [sum of n_r, ...].
+def gather_to_main(rows: Tensor, sizes: Sequence[int]) -> None:
+    """Rank 0's host gets the rows of all ranks in rank order, without a second copy of them anywhere.
 
-    Row counts may differ between ranks, which the hosts tell one another; the other sizes and the dtype may not. Within a step
-    all ranks have as many: `all_gather`.
+    `rows` lies on the host. It is this rank's share [sizes[rank], ...], but on rank 0 has room for all, [sum(sizes), ...], and
+    that rank's share in front: those of the others are written behind it, PIECE_BYTES at a time. All ranks know the `sizes`.
     """
     if world_size() == 1:
-        return x.detach()
-    (sizes,) = gather_numbers(len(x))
-    # Collectives want equal shapes: pad to the largest share, then cut.
-    padded = x.new_zeros((max(sizes), *x.shape[1:]))
-    padded[: len(x)] = x.detach()
-    parts = all_gather(padded).split(len(padded)) if len(padded) else [padded] * len(sizes)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return
+    _before_collective()
+    arrive()
+    step = max(1, PIECE_BYTES // max(1, rows[:1].nbytes))
+    if not is_main():
+        for piece in rows.split(step) if len(rows) else ():
+            dist.send(piece, dst=0, group=messages())
+        return
+    _, *behind = rows.split(list(sizes))
+    for source, share in enumerate(behind, start=1):
+        for piece in share.split(step) if len(share) else ():
+            dist.recv(piece, src=source, group=messages())
 
 
 def reduce_scatter_sum(x: Tensor) -> Tensor:

@@ -70,19 +70,23 @@ def test_ranks_know_who_they_are() -> None:
 SHARES = {1: [3], 2: [0, 3], 4: [2, 5, 0, 1]}
 
 
-def gather_uneven(rank: int, dtype: torch.dtype) -> tuple[np.ndarray, bool]:
-    mine = rows_of(rank, SHARES[distributed.world_size()][rank]).requires_grad_()
-    everyone = distributed.all_gather_rows((mine * 10).to(dtype))
-    return everyone.numpy(), everyone.requires_grad
+def gather_on_main(rank: int, piece_bytes: int) -> np.ndarray:
+    sizes = SHARES[distributed.world_size()]
+    rows = torch.full((sum(sizes) if rank == 0 else sizes[rank], 5), -1.0)
+    rows[: sizes[rank]] = rows_of(rank, sizes[rank])
+    distributed.PIECE_BYTES = piece_bytes
+    distributed.gather_to_main(rows, sizes)
+    return rows.numpy()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("piece_bytes", [1, 40, 1000])  # a row, two, all at once
 @pytest.mark.parametrize("num_ranks", RANKS)
-def test_all_gather_rows_takes_uneven_shares_in_rank_order(num_ranks: int, dtype: torch.dtype) -> None:
-    parts = [(rows_of(rank, rows) * 10).to(dtype) for rank, rows in enumerate(SHARES[num_ranks])]
-    for gathered, requires_grad in run_ranks(gather_uneven, num_ranks, dtype):
-        np.testing.assert_array_equal(gathered, torch.cat(parts).numpy())
-        assert not requires_grad
+def test_rank_0_gets_uneven_shares_in_rank_order_and_the_others_keep_theirs(num_ranks: int, piece_bytes: int) -> None:
+    shares = [rows_of(rank, rows).numpy() for rank, rows in enumerate(SHARES[num_ranks])]
+    everyone, *others = run_ranks(gather_on_main, num_ranks, piece_bytes)
+    np.testing.assert_array_equal(everyone, np.concatenate(shares))
+    for rows, share in zip(others, shares[1:], strict=True):
+        np.testing.assert_array_equal(rows, share)
 
 
 def gather_even(rank: int, transposed: bool) -> tuple[np.ndarray, bool]:

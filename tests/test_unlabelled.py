@@ -137,8 +137,9 @@ def test_views_are_the_same_at_any_number_of_ranks_and_differ_from_each_other(
     (alone,) = run_ranks(views_on_rank, 1, path, num_views)
     assert alone.shape[:2] == (expected, 7)
     assert np.abs(alone[0] - alone[1]).max() > 1e-3
-    for shared in run_ranks(views_on_rank, 2, path, num_views):
-        np.testing.assert_allclose(shared, alone, rtol=1e-4, atol=1e-5)
+    shared, elsewhere = run_ranks(views_on_rank, 2, path, num_views)
+    np.testing.assert_allclose(shared, alone, rtol=1e-4, atol=1e-5)
+    assert elsewhere.shape == (expected, 0, alone.shape[2])
 
 
 def test_features_that_are_not_finite_are_refused(unlabelled: Path) -> None:

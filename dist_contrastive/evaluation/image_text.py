@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dist_contrastive import distributed, signals
+from dist_contrastive import distributed, liveness, signals
 from dist_contrastive.data.captions import Captions
 from dist_contrastive.data.format import TEST, spoken
 from dist_contrastive.data.loader import Loader
+from dist_contrastive.evaluation.chunks import chunks
 from dist_contrastive.evaluation.features import extract, frozen
 from dist_contrastive.methods.image_text import ImageText
 
@@ -26,7 +27,8 @@ BLOCK = 2**24
 
 
 class ImageTextRunner:
-    """Scores towers on the test images of one dataset and their captions. All ranks call `score` together.
+    """Scores towers on the test images of one dataset and their captions. All ranks call `score` together and get the same:
+    all encode images, rank 0 embeds and compares.
 
     Captions are told apart by their text: one that several images have is one candidate, and right for each of them.
     """
@@ -48,10 +50,12 @@ class ImageTextRunner:
         captions among the k nearest, `text_recall_at_k`, and of captions that find one of their images, `image_recall_at_k`."""
         features = extract(method.exported, self.loader, self._indices, self.device)
 
-        def measure() -> dict[str, float]:
+        def measure() -> dict[str, float] | None:
+            if not distributed.is_main():
+                return None
             embed = partial(embed_texts, method, self.captions, device=self.device)
-            with frozen(method):
-                images = embed_images(method, features)
+            with liveness.busy("compares images and texts"), frozen(method):
+                images = torch.cat([embed_images(method, piece) for _, piece in chunks(features, self.device)])
                 scores = recalls(images, embed(self._texts), self._pairs)
                 if self.dataset.manifest.has_labels:
                     names = [spoken(name) for name in self.dataset.manifest.classes]
@@ -61,7 +65,8 @@ class ImageTextRunner:
                     scores["zero_shot_top1"] = zero_shot(images, of_classes, labels)
             return scores
 
-        return distributed.together(measure)
+        result: dict[str, float] = distributed.broadcast_object(distributed.together(measure))
+        return result
 
     def chances(self) -> dict[str, float]:
         """What guessing scores, under the names that `score` gives."""

@@ -1,12 +1,13 @@
 """The nearest-neighbour probe: no parameters, so nothing to tune and nothing to overfit."""
 
+import math
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dist_contrastive import signals
+from dist_contrastive.evaluation.chunks import chunks, settle
 from dist_contrastive.evaluation.precision import full_precision
 
 CHUNK_VALUES = 1 << 24
@@ -33,25 +34,36 @@ def automatic_k(train_y: Tensor) -> int:
 
 
 def knn_predict(
-    train_x: Tensor, train_y: Tensor, test_x: Tensor, *, num_classes: int, ks: Collection[int], temperature: float
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    *,
+    num_classes: int,
+    ks: Collection[int],
+    temperature: float,
+    device: torch.device | None = None,
 ) -> dict[int, Tensor]:
     """For each k the class int64 [M] of each of `test_x` [M, D] by weighted vote of its k nearest among `train_x` [N, D].
 
     Nearness is the cosine s, a vote weighs exp(s / temperature) (Wu et al. 2018, "Unsupervised feature learning via
     non-parametric instance discrimination", section 3.4). Of equally near samples the first in the training set are the
     neighbours, of classes with equal votes the lowest wins. With fewer than k training samples all of them vote.
+
+    Features are floats or bytes. Computed on `device`, by default that of `train_x`, with pieces of both sets and the nearest so
+    far in its memory; features that don't fit there stay where they are.
     """
-    with full_precision(train_x.device):
-        bank = _unit_rows(train_x)
-        chunk = max(1, CHUNK_VALUES // max(num_classes, len(bank)))
+    device = device or train_x.device
+    with full_precision(device):
+        train_x, train_y = settle(train_x, device), train_y.to(device)
+        num_nearest = min(max(ks), len(train_x))
         predictions: dict[int, list[Tensor]] = {k: [] for k in sorted(ks)}
-        for queries in _unit_rows(test_x).split(chunk):
-            signals.give_way()
-            similarity = queries @ bank.T
-            nearest = _nearest(similarity, min(max(ks), len(bank)))
-            similarity = similarity.gather(1, nearest).double()
+        bank_rows = min(len(train_x), math.isqrt(CHUNK_VALUES))
+        rows = max(1, CHUNK_VALUES // max(num_classes, num_nearest + bank_rows, test_x.shape[1]))
+        for _, queries in chunks(test_x, device, rows):
+            similarity, nearest = _nearest_of_all(_unit_rows(queries), train_x, num_nearest, bank_rows)
             # exp((s - s_nearest) / t) in float64: a factor of the row's own changes no vote, and the nearest counts 1 at
             # any temperature, where a factor for all rows would let all votes of some underflow.
+            similarity = similarity.double()
             weights = ((similarity - similarity[:, :1]) / temperature).exp()
             votes = weights.new_zeros(len(queries), num_classes)
             counted = 0
@@ -61,6 +73,20 @@ def knn_predict(
                 most = votes.amax(1, keepdim=True)
                 found.append((votes >= most * (1 - EQUAL_VOTES)).int().argmax(1))
         return {k: torch.cat(found) for k, found in predictions.items()}
+
+
+def _nearest_of_all(queries: Tensor, bank: Tensor, k: int, rows: int) -> tuple[Tensor, Tensor]:
+    """The k largest cosines [M, k] of unit `queries` [M, D] with the samples of `bank` [N, D], falling, and whose they are, int64
+    [M, k]; of equal ones the first come first. The bank is read `rows` at a time."""
+    best = queries.new_empty(len(queries), 0)
+    places = best.long()
+    for piece, samples in chunks(bank, queries.device, rows):
+        # What is best so far comes first, in the order of the bank where it is equal: so does it of all.
+        similarity = torch.cat([best, queries @ _unit_rows(samples).T], dim=1)
+        found = _nearest(similarity, min(k, similarity.shape[1]))
+        here = torch.arange(piece.start, piece.stop, device=places.device).expand(len(places), -1)
+        best, places = similarity.gather(1, found), torch.cat([places, here], dim=1).gather(1, found)
+    return best, places
 
 
 def _unit_rows(x: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class ProbeRunner:
         features = [extract(encoder, self.loader, self._indices[split], self.device) for split in splits]
         test_images = self._indices[TEST][self._few]
         views = extract_views(encoder, self.loader, test_images, self.device)
-        free = self._score_without_labels(features[-1][torch.from_numpy(self._few).to(self.device)], views)
+        free = self._score_without_labels(features[-1], views)
         return {**self._score(lambda: features), **free} if self.has_labels else free
 
     def baselines(self, untrained: Encoder) -> dict[str, Any]:
@@ -100,30 +100,32 @@ class ProbeRunner:
             side = min(RAW_SIDE, self.loader.data.image_size)
 
             def pixels() -> list[Tensor]:
-                return [raw_pixels(self.loader, indices, side, self.device) for indices in self._indices]
+                return [raw_pixels(self.loader, indices, side) for indices in self._indices]
 
             found = {f"raw_{name}": value for name, value in self._score(pixels).items()}
         found |= {f"init_{name}": value for name, value in self.score(untrained).items()}
         return {name: value for name, value in found.items() if not name.endswith(PER_CLASS)}
 
     def _score_without_labels(self, features: Tensor, views: Tensor) -> dict[str, Any]:
-        """Of `features` [n, D] without augmentation and of `views` [V, n, D]."""
+        """Of `features` [M, D] of all test images without augmentation and of `views` [V, n, D] of few, both on rank 0's host."""
 
         def measure() -> dict[str, Any] | None:
             if not distributed.is_main():
                 return None
-            require(
-                bool(torch.isfinite(features).all() and torch.isfinite(views).all()),
-                "the encoder's features are not finite: the run diverged",
-            )
-            values = (alignment(views), uniformity(features), effective_rank(features))
+            with liveness.busy("looks at what needs no labels"):
+                few, of_views = features[torch.from_numpy(self._few)].to(self.device), views.to(self.device)
+                require(
+                    bool(torch.isfinite(few).all() and torch.isfinite(of_views).all()),
+                    "the encoder's features are not finite: the run diverged",
+                )
+                values = (alignment(of_views), uniformity(few), effective_rank(few))
             return {name: value.item() for name, value in zip(FREE_SCORES, values, strict=True)}
 
         result: dict[str, Any] = distributed.broadcast_object(distributed.together(measure))
         return result
 
     def _score(self, features: Callable[[], list[Tensor]]) -> dict[str, Any]:
-        """`features()`, which rank 0 alone calls, gives those of the training and the test split."""
+        """`features()`, which rank 0 alone calls, gives those of the training and the test split, on its host."""
 
         def fit() -> dict[str, Any] | None:
             if not distributed.is_main():
@@ -132,11 +134,12 @@ class ProbeRunner:
                 (train_x, test_x), (train_y, test_y) = features(), self._labels
                 linear = linear_probe(
                     train_x, train_y, test_x, test_y,
-                    strengths=self.probe.strengths, holdout=self.probe.holdout, seed=self.loader.seed,
+                    strengths=self.probe.strengths, holdout=self.probe.holdout, seed=self.loader.seed, device=self.device,
                 )  # fmt: skip
                 by_k = knn_predict(
                     train_x, train_y, test_x, num_classes=len(self.dataset.manifest.classes),
                     ks={self.knn_k, *(k for k in BY_K if k <= len(train_y))}, temperature=self.probe.knn_temperature,
+                    device=self.device,
                 )  # fmt: skip
             top1_by_k = {k: (found == test_y).double().mean().item() for k, found in by_k.items()}
             return {

@@ -65,12 +65,13 @@ def collect_report(
     indices = dataset.indices(split)
     num_in_split = len(indices)
     indices = np.sort(indices[rng.permutation(config.seed, 0, len(indices))[:MAX_SAMPLES]])
-    features, untrained_features = (extract(module, loader, indices, device) for module in (encoder, untrained))
+    on_host = [extract(module, loader, indices, device) for module in (encoder, untrained)]
 
     def collect() -> RunReport | None:
         if not distributed.is_main():
             return None
         with liveness.busy("collects what the report shows"):
+            features, untrained_features = (found.to(device) for found in on_host)
             views, originals = example_views(loader)
             has_labels = dataset.manifest.has_labels
             problems: dict[str, str] = {}
