@@ -31,8 +31,10 @@ from dist_contrastive.evaluation.chunks import chunks, floats, settle
 from dist_contrastive.evaluation.precision import full_precision
 
 MAX_ITERATIONS = 200
-TOLERANCE = 1e-4
-"""A fit has converged when the estimated gap to the minimum is below this part of the objective."""
+TOLERANCE = 2e-5
+"""A fit has converged when the estimated gap to the minimum is below this part of the objective, or of `SMALL_OBJECTIVE`."""
+SMALL_OBJECTIVE = 0.1
+"""In nats: where classes are told apart nearly always, the objective is next to 0, and so fine a part of it changes nothing."""
 PATH_TOLERANCE = 1e-3
 """The same for the fits that only choose the strength."""
 PATIENCE = 2
@@ -181,8 +183,8 @@ def fit_logistic(
 
     `kept`, float [N] of 0 and 1, says which samples count; without it all do. `standard` and `directions` are those of the
     features or of some that are distributed alike, where they are known; `start` is a fit to begin from. Stops when the estimated
-    gap to the minimum, half of gᵀH⁻¹g with L-BFGS's H, is below `tolerance` times the objective, when rounding leaves no
-    further descent, or after `max_iterations`.
+    gap to the minimum, half of gᵀH⁻¹g with L-BFGS's H, is below `tolerance` times the objective or `SMALL_OBJECTIVE`, when
+    rounding leaves no further descent, or after `max_iterations`.
     """
     device = y.device
     with full_precision(device):
@@ -302,7 +304,7 @@ def _minimise(
             direction += moved * (coefficient - inverse * (turned * direction).sum())
         direction.neg_()
         slope = (point.gradient * direction).sum().item()
-        converged = -slope / 2 <= tolerance * point.value
+        converged = -slope / 2 <= tolerance * max(point.value, SMALL_OBJECTIVE)
         if converged or slope >= 0 or iterations == max_iterations:
             break
         found = problem.line_search(point, direction)
