@@ -2,9 +2,9 @@
 
 The same standardised features, objective and strength for both: this package's fit as a score takes it, scikit-learn's
 `LogisticRegression` (L-BFGS) as it comes, and the optimum itself, by scikit-learn in double precision at a hundredth of its
-tolerance, untimed and begun near it. Features are synthetic: nearly collinear as an encoder's are, of classes that are hardly
-told apart (untrained), mostly (trained), or nearly always (separable). With --run also those of a finished run's encoder, and of the
-same one untrained.
+tolerance, untimed and begun near it. Features are synthetic, nearly collinear as an encoder's are, of classes told apart hardly
+(untrained), mostly (trained) or nearly always (separable). With --run also those of a finished run's encoder, and of the same
+one untrained.
 
     python -m benchmarks.probe
     python -m benchmarks.probe --run runs/demo --sizes 2000x64x5
