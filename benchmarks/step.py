@@ -113,7 +113,7 @@ class Command(Turns):
     compile: bool = False
     """Ours with a compiled encoder (`--launch.compile`), the encoder alone, too."""
     cudnn_benchmark: bool = True
-    """Let cuDNN try its ways to convolve, for all contenders."""
+    """On GPUs let cuDNN try its ways to convolve, for all contenders."""
     tf32: bool = False
     """Products and convolutions of fp32 numbers in TensorFloat-32, for all contenders."""
 
@@ -140,7 +140,7 @@ def config_of(name: str, command: Command, data: Path, device: torch.device) -> 
             device="cuda" if device.type == "cuda" else "cpu",
             precision=choose_precision(command.precision, device),
             compile=command.compile,
-            cudnn_benchmark=command.cudnn_benchmark,
+            cudnn_benchmark=command.cudnn_benchmark and device.type == "cuda",
             tf32=command.tf32,
         ),
     )
