@@ -360,17 +360,19 @@ class Record:
             "commit": source_commit(),
         }
 
-    def write(self, title: str, body: str, figures: Mapping[str, Figure]) -> None:
-        """Print the page's `body`, and leave NAME.json, README.md and the `figures`, by their names, in the folder: on rank 0."""
+    def write(self, title: str, body: str, figures: Mapping[str, Figure | None]) -> None:
+        """Print the page's `body`, and leave NAME.json, README.md and the `figures` that there are, by their names, in the
+        folder; rank 0 does."""
         if os.environ.get("RANK", "0") != "0":
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.folder / f"{self.name}.json", (json.dumps(self.to_json(), indent=1) + "\n").encode())
-        for name, figure in figures.items():
+        drawn = {name: figure for name, figure in figures.items() if figure is not None}
+        for name, figure in drawn.items():
             figure.savefig(self.folder / f"{name}.png")
         machine = self.machine
         gpus = f"{machine['ranks']} × {machine['gpu']}, " if "gpu" in machine else ""
-        plots = "".join(f"![{name}]({name}.png)\n\n" for name in figures)
+        plots = "".join(f"![{name}]({name}.png)\n\n" for name in drawn)
         missing = "\n".join(f"- {line}" for line in self.left_out) + "\n\n" if self.left_out else ""
         page = (
             f"# {title}\n\n{self.question[0].upper()}{self.question[1:]}\n\n"
@@ -419,12 +421,14 @@ def comparison(record: Record, metrics: Sequence[str], reference: str | None, *,
     """Markdown: a row for each case and contender: median (min to max) of each metric, and the first metric beside that of the
     `reference`, if there is one, in the same rounds.
 
-    A number that is not measured says so.
+    A number that is not measured says so. Nothing where there are no such numbers.
     """
     ratio_heading = [f"{metrics[0]} ÷ {reference}"] if reference else []
     headings = ["case", "contender", *metrics, *ratio_heading, "rounds"]
     lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
     pairs = dict.fromkeys((one.case, one.contender) for one in record.series if one.metric in metrics)
+    if not pairs:
+        return ""
     for case, contender in pairs:
         of_case = {(one.contender, one.metric): one for one in record.series if one.case == case}
         found = [of_case.get((contender, metric)) for metric in metrics]
@@ -444,9 +448,11 @@ def _cell(one: Series | None, digits: int) -> str:
     return f"{spread(one.values).format(digits)}{'' if one.kind == 'measured' else f', {one.kind}'}"
 
 
-def bars(record: Record, metric: str) -> Figure:
+def bars(record: Record, metric: str) -> Figure | None:
     """A panel a case, a bar a contender: the median, and the lowest and highest as a whisker; hatched if not measured."""
     cases = list(dict.fromkeys(one.case for one in record.of(metric)))
+    if not cases:
+        return None
     heights = [1.1 + 0.3 * len(record.of(metric, case)) for case in cases]
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, sum(heights)))
@@ -468,7 +474,7 @@ def bars(record: Record, metric: str) -> Figure:
     return figure
 
 
-def curves(record: Record, metric: str, x_of: Callable[[str], float | None], *, xlabel: str) -> Figure:
+def curves(record: Record, metric: str, x_of: Callable[[str], float | None], *, xlabel: str) -> Figure | None:
     """A line a contender over the cases, each at `x_of` its name (None: not drawn), on logarithmic axes: medians, and a band from
     the lowest to the highest; dashed if not measured."""
     lines: dict[tuple[str, Kind], list[tuple[float, Spread]]] = {}
@@ -476,6 +482,8 @@ def curves(record: Record, metric: str, x_of: Callable[[str], float | None], *, 
         x = x_of(one.case)
         if x is not None:
             lines.setdefault((one.contender, one.kind), []).append((x, spread(one.values)))
+    if not lines:
+        return None
     with rc_context(STYLE):
         figure, (panel,) = new_figure(4.2)
         for place, ((contender, kind), points) in enumerate(lines.items()):

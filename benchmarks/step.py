@@ -27,7 +27,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
@@ -459,7 +458,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Shares are of steps that are timed part by part, which are slower, as the table says. Ours draws, augments and "
         "communicates; the encoder alone does none of it, and has no projector, loss or optimizer.\n"
     )
-    figures: dict[str, Figure] = {"images": bars(record, IMAGES), "shares": bars(record, SHARE)}
+    figures = {"images": bars(record, IMAGES), "shares": bars(record, SHARE)}
     record.write("Where a training step's time goes", body, figures)
     distributed.shut_down()
 

@@ -135,8 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{command.ranks} rank(s), a probe every {command.every} epoch(s), all measured: medians over seeds (min to max); steps "
         f"and probes of a run at the run's mean times.\n\n{table(record, command)}"
     )
-    figures = {"training": bars(record, TRAINING)} if record.of(TRAINING) else {}
-    record.write("Time to a given score", body, figures)
+    record.write("Time to a given score", body, {"training": bars(record, TRAINING)})
 
 
 if __name__ == "__main__":

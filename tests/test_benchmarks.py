@@ -199,6 +199,18 @@ def test_the_table_says_what_is_not_measured_and_compares_round_by_round(tmp_pat
     ]
 
 
+def test_what_was_not_found_is_neither_in_a_table_nor_drawn(tmp_path: Path) -> None:
+    record = filled(tmp_path)
+    assert comparison(record, ("s",), "ours") == ""
+    no_plots = {
+        "bars": frame.bars(record, "s"),
+        "curves": frame.curves(record, "images/s", lambda case: None, xlabel="x"),
+    }
+    record.write("How fast it is", comparison(record, ("GB",), None), no_plots)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "example.json"]
+    assert "![" not in (tmp_path / "README.md").read_text()
+
+
 def test_a_missing_peer_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, record = start(["--out", str(tmp_path)])
     assert record.has_peer("torchvision", "torchvision.transforms")
