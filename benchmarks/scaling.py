@@ -296,14 +296,14 @@ def measure(command: Command, device: torch.device, budget: Budget, record: Reco
     for scaling in SCALINGS:
         alone = [run[scaling]["step_s"] for run in found["1"]]
         for n in numbers:
-            case, runs = f"{recipe}, {scaling}, {n} rank(s)", found[str(n)]
+            case, runs, here = f"{recipe}, {scaling}, {n} rank(s)", found[str(n)], f"{scaling}, {HERE}"
             times = [run[scaling]["step_s"] for run in runs]
-            record.add(case, HERE, MS, [1e3 * took for took in times])
-            record.add(case, HERE, IMAGES, [batches[n][scaling] / took for took in times])
+            record.add(case, here, MS, [1e3 * took for took in times])
+            record.add(case, here, IMAGES, [batches[n][scaling] / took for took in times])
             perfect = alone if scaling == "weak" else [took / n for took in alone]
-            record.add(case, HERE, EFFICIENCY, [100 * share for share in ratios(perfect, times)])
+            record.add(case, here, EFFICIENCY, [100 * share for share in ratios(perfect, times)])
             collectives = runs[0][scaling]["collectives"]
-            add_counts(record, case, HERE, collectives)
+            add_counts(record, case, here, collectives)
             if n > 1:
                 # A model of ranks that do not wait for one another but in collectives.
                 links = [link_of(run["link"], n) for run in runs]
@@ -311,8 +311,8 @@ def measure(command: Command, device: torch.device, budget: Budget, record: Reco
                     took + communication_s(collectives, n, link, link)
                     for took, link in zip(perfect, links, strict=True)
                 ]
-                record.add(case, HERE, MODEL, [1e3 * took for took in modelled], "projected")
-                record.add(case, HERE, ERROR, [100 * (r - 1) for r in ratios(modelled, times)], "projected")
+                record.add(case, here, MODEL, [1e3 * took for took in modelled], "projected")
+                record.add(case, here, ERROR, [100 * (r - 1) for r in ratios(modelled, times)], "projected")
 
 
 def plain(run: dict[str, Any]) -> dict[str, Any]:
@@ -348,7 +348,7 @@ def reached_mfu(command: Command, record: Record) -> float:
         return command.mfu or ASSUMED_MFU
     config = replace(build_recipe(recipe), batch=BatchConfig(size=command.rank_batch))
     found = simulate(config, ranks=1, precision=precision)
-    took = spread(record.values(f"{recipe}, weak, 1 rank(s)", HERE, MS)).median / 1e3
+    took = spread(record.values(f"{recipe}, weak, 1 rank(s)", f"weak, {HERE}", MS)).median / 1e3
     return found.flops / took / 1e12 / peak
 
 
@@ -379,7 +379,7 @@ def project(command: Command, budget: Budget, record: Record) -> None:
                 exposed = communication_s(found.collectives, machine.ranks, machine.link, HOSTS, command.overlap)
             rate = batch / (computation + exposed)
             alone = rates.setdefault(f"{scaling}, {machine.gpu}", rate / machine.ranks)
-            name = f"{scaling} scaling"
+            name = f"{scaling}, {machine.gpu}"
             record.add(case, name, MS, [1e3 * (computation + exposed)], "projected")
             record.add(case, name, IMAGES, [rate], "projected")
             record.add(case, name, EFFICIENCY, [100 * rate / machine.ranks / alone], "projected")
@@ -429,7 +429,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         project(command, budget, record)
     measured = record.details["measured"]
     errors = [value for one in record.of(ERROR) for value in one.values]
-    checked = f"The model is {spread(errors).format(2)} % off what was measured.\n\n" if errors else ""
+    checked = (
+        f"The model is {spread(errors).format(2)} % off what was measured. It knows of messages alone: what ranks of one machine "
+        "take from one another (the memory's bandwidth, caches, the units of a core that has two threads) is not in it.\n\n"
+        if errors
+        else ""
+    )
     projected = f"{assumptions(command, record.details['assumptions']['mfu'])}\n" if command.project != "none" else ""
     body = (
         f"{comparison(record, (MS, IMAGES, EFFICIENCY, MEMORY), None)}\n{comparison(record, (COUNT, SENT, MESSAGES), None)}\n"

@@ -63,9 +63,9 @@ def _use(config: TrainConfig, device: str) -> None:
     launch = config.launch
     check_device_options(launch, device)
     check_compiled(config, launched_ranks())
-    precision = "tf32" if launch.tf32 else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+    # Products by the older setter, which sets both: torch refuses to be asked in its older words what was said in the newer.
+    torch.set_float32_matmul_precision("high" if launch.tf32 else "highest")
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if launch.tf32 else "ieee"  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = launch.cudnn_benchmark
     if launch.expandable_segments:
         # Not by PYTORCH_CUDA_ALLOC_CONF, which is read before anyone has asked for anything; before the first tensor it is

@@ -94,7 +94,8 @@ def probe(
         f"that lies now; --data {dataset.path} scores on this one, as a transfer",
     )
     encoder = build_method(config).exported.to(device)
-    with announced_compilation(print), loader_of(config, dataset, Share(config.batch.size), device) as loader:
+    read = replace(config, data=replace(config.data, resident=False))  # each image is seen once
+    with announced_compilation(print), loader_of(read, dataset, Share(config.batch.size), device) as loader:
         # A k that was given was given for the run's own classes.
         settings = replace(config.probe, knn_k=0) if transfers else config.probe
         runner = ProbeRunner(loader, probe=settings, device=device)

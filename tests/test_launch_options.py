@@ -11,6 +11,7 @@ from torch import fx
 
 from dist_contrastive import launch, preflight
 from dist_contrastive.config import BatchConfig, EncoderConfig, LaunchConfig, TrainConfig, UserError
+from dist_contrastive.evaluation.precision import full_precision
 from dist_contrastive.models import base
 from dist_contrastive.run import train
 from tests.harness import run_ranks
@@ -120,6 +121,21 @@ def use(rank: int, options: LaunchConfig) -> tuple[str, str, bool, bool]:
         torch.backends.cudnn.benchmark,
         "expandable_segments:True" in torch._C._accelerator_getAllocatorSettings(),
     )
+
+
+def precisions_of_a_probe(rank: int) -> list[tuple[str, str]]:
+    use(rank, LaunchConfig(tf32=True))
+
+    def now() -> tuple[str, str]:
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+
+    with full_precision(torch.device("cpu")):
+        within = now()
+    return [within, now()]
+
+
+def test_a_probe_is_in_whole_fp32_and_training_goes_on_as_it_was_asked() -> None:
+    assert run_ranks(precisions_of_a_probe, 1) == [[("ieee", "ieee"), ("tf32", "tf32")]]
 
 
 def test_torch_does_what_is_asked_for_and_nothing_by_itself() -> None:

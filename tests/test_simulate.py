@@ -516,8 +516,8 @@ def steps_without_waiting(rank: int, config: TrainConfig) -> list[int]:
     samples = replace(
         batch.samples, labels=batch.samples.labels.pin_memory(), indices=batch.samples.indices.pin_memory()
     )
-    text = batch.text.pin_memory() if batch.text is not None else None
-    batch = Batch(tuple(views.pin_memory() for views in batch.views), samples, text)
+    text, draws = (None if x is None else x.pin_memory() for x in (batch.text, batch.draws))
+    batch = Batch(tuple(views.pin_memory() for views in batch.views), samples, text, draws)
     reports = [report for _ in range(2) for report in trainer.update(batch)]
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -67,8 +67,8 @@ class Augment:
 
 def _flat_on(device: torch.device, x: Tensor) -> Tensor:
     """`x` [V, B, ...] as [V·B, ...] on `device`, contiguous."""
-    if x.device == device or device.type == "cpu":
-        return x.flatten(0, 1).contiguous()
+    if device.type == "cpu" or x.device.type == device.type:  # what a resident loader has cut is there already
+        return x.to(device).flatten(0, 1).contiguous()
     moved = torch.empty(x.shape, dtype=x.dtype, device=device)
     # Of a micro-batch only what belongs to one view is in one piece of the loader's pinned memory, which the device reads by
     # itself; pieces would first be put together on the host.

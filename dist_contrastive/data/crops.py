@@ -5,6 +5,7 @@ A random crop is a pure function of (seed, epoch, sample index, view).
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numba
@@ -300,12 +301,18 @@ def random_boxes(dataset: Dataset, augment: AugmentConfig, samples: np.ndarray, 
     Area and aspect ratio as torchvision's RandomResizedCrop draws them (Szegedy et al. 2015): up to ten tries, then
     the largest centred crop within the ratios.
     """
-    boxes = np.empty((augment.num_views, len(samples), 4), np.int64)
-    views = [group for group in augment.groups for _ in range(group.count)]
-    scale = np.array([view.crop_scale for view in views], np.float64)
-    ratio = np.array([view.crop_ratio for view in views], np.float64)
+    scale, ratio = _limits(augment)
+    boxes = np.empty((len(scale), len(samples), 4), np.int64)
     _draw_boxes(seed, epoch, samples, dataset.heights, dataset.widths, scale, ratio, boxes)
     return boxes
+
+
+@cache
+def _limits(augment: AugmentConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Of areas and of aspect ratios, float64 [V, 2]."""
+    views = [group for group in augment.groups for _ in range(group.count)]
+    scale, ratio = [view.crop_scale for view in views], [view.crop_ratio for view in views]
+    return np.array(scale, np.float64).reshape(-1, 2), np.array(ratio, np.float64).reshape(-1, 2)
 
 
 def center_boxes(dataset: Dataset, fraction: float, samples: np.ndarray) -> np.ndarray:

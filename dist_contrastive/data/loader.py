@@ -123,6 +123,7 @@ def _work(tasks: SimpleQueue[_Task | None], dataset: Dataset) -> None:
     scratches = Scratches(dataset)
     while (task := tasks.get()) is not None:
         if not task.done.set_running_or_notify_cancel():
+            del task
             continue
         try:
             task.work(scratches)
@@ -179,6 +180,7 @@ class Loader:
         self.seed, self.share = seed, share
         self._pin_memory = pin_memory
         self._num_threads = threads
+        self._parts_a_thread = 2 if dataset.is_jpeg.any() else 1
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         started: list[Thread] = []
         self._finalizer = weakref.finalize(self, _stop, self._tasks, started)
@@ -268,8 +270,8 @@ class Loader:
 
     def share_out(self, samples: np.ndarray, work: Callable[[np.ndarray, int, Scratches], None]) -> list[Future[None]]:
         """Let the threads do `work(some of the samples, the position of the first, scratches)` for all `samples` int64 [B]."""
-        # Two parts a thread: the threads end a batch nearly together even where its images differ in size.
-        parts = _shares(samples, min(len(samples), 2 * self._num_threads))
+        # Two parts a thread where images differ in size: the threads end a batch nearly together all the same.
+        parts = _shares(samples, min(len(samples), self._parts_a_thread * self._num_threads))
         tasks = [_Task(partial(work, share, start)) for start, share in parts]
         for task in tasks:
             self._tasks.put(task)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dist_contrastive import distributed, signals
 from dist_contrastive.data.augment import Augment, to_normalized
 from dist_contrastive.data.loader import Loader
+from dist_contrastive.evaluation.precision import full_precision
 from dist_contrastive.models.base import Encoder
 
 BATCH_SIZE = 256
@@ -98,7 +99,7 @@ def extract(encoder: Encoder, loader: Loader, indices: np.ndarray, device: torch
     distributed.broadcast_buffers(encoder)
 
     def encode(share: np.ndarray, keep: Callable[[Tensor], None]) -> None:
-        with frozen(encoder), loader.centered(share, batch_size=BATCH_SIZE) as batches:
+        with frozen(encoder), full_precision(device), loader.centered(share, batch_size=BATCH_SIZE) as batches:
             for batch in batches:
                 signals.give_way()
                 images = to_normalized(batch.views[0][0], loader.augment, device)
@@ -119,7 +120,11 @@ def extract_views(encoder: Encoder, loader: Loader, indices: np.ndarray, device:
     batch_size = max(1, BATCH_SIZE // num_views)
 
     def encode(share: np.ndarray, keep: Callable[[Tensor], None]) -> None:
-        with frozen(encoder), loader.views(share, batch_size=batch_size, augment=augment) as batches:
+        with (
+            frozen(encoder),
+            full_precision(device),
+            loader.views(share, batch_size=batch_size, augment=augment) as batches,
+        ):
             for batch in batches:
                 signals.give_way()
                 (views,) = make_views(batch, device).views

@@ -8,11 +8,14 @@ import torch
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in whole fp32, whatever the training loop asked for (TF32, autocast), without gradients."""
-    before = torch.get_float32_matmul_precision()
+    """Matrix products and convolutions in whole fp32, whatever training asked for (TF32, autocast), without gradients."""
+    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before_in_convolutions = convolutions.fp32_precision
     torch.set_float32_matmul_precision("highest")
+    convolutions.fp32_precision = "ieee"
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+        convolutions.fp32_precision = before_in_convolutions

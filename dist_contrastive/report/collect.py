@@ -194,11 +194,11 @@ def example_views(loader: Loader) -> tuple[list[np.ndarray], np.ndarray]:
     first = train[rng.permutation(loader.seed, 0, len(train))[:NUM_EXAMPLES]]
     with loader.views(first, batch_size=NUM_EXAMPLES) as batches:
         batch = Augment(loader.augment)(next(batches), torch.device("cpu"))
-    views = [to_displayable(of_size, loader.augment).transpose(0, 1).numpy() for of_size in batch.views]
+    views = [to_displayable(of_size, loader.augment).transpose(0, 1).cpu().numpy() for of_size in batch.views]
     return views, _images(loader, first, loader.data.image_size)
 
 
 def _images(loader: Loader, indices: np.ndarray, side: int) -> np.ndarray:
     """The images `indices` int64 [n] as evaluation sees them, uint8 [n, side, side, 3]."""
     batches = loader.centered(indices, batch_size=256, image_size=side)
-    return np.concatenate([batch.views[0][0].numpy() for batch in batches])
+    return np.concatenate([batch.views[0][0].cpu().numpy() for batch in batches])
