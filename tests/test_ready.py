@@ -1,11 +1,17 @@
 """What a run's data passes through is compiled before the first batch, and by one of the processes of a machine alone."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import pytest
+
+from dist_contrastive.data.compiled import compile_in_turns
 from tests.runs import write_dataset
 
 ONE_PROCESS = """
@@ -50,3 +56,27 @@ def test_of_two_processes_one_compiles_each_part_and_the_first_batch_finds_all_d
     assert [process.returncode for process in processes] == [0, 0]
     first, second = map(json.loads, outputs)
     assert {name: first[name] + second[name] for name in first} == dict.fromkeys(first, 1)
+
+
+@pytest.mark.parametrize("lacks", ["locks", "folder"])
+def test_where_there_are_no_locks_all_is_compiled_all_the_same(
+    lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    if lacks == "locks":
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    done: list[int] = []
+    compile_in_turns([lambda: done.append(0), lambda: done.append(1), lambda: done.append(2)], 2)
+    assert done == [2, 0, 1]
+
+
+def test_what_a_call_raises_is_not_taken_for_a_missing_lock() -> None:
+    def fail() -> None:
+        raise OSError("the cache is full")
+
+    with pytest.raises(OSError, match="the cache is full"):
+        compile_in_turns([fail], 0)

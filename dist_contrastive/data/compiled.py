@@ -4,7 +4,7 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,13 @@ def compile_in_turns(calls: Sequence[Callable[[], object]], first: int) -> None:
     """Make `calls`, each of which compiles something that is kept on disk, from number `first` on, in a circle.
 
     Of several processes of one user that do so at once, each with another `first`, no two compile the same: what one is at, the
-    others wait for, and then read.
+    others wait for, and then read. Where there are no locks, or no folder for their files, none waits: the same work is done
+    more than once.
     """
     for number in range(len(calls)):
         turn = (first + number) % len(calls)
-        with (Path(tempfile.gettempdir()) / f"dist_contrastive-{os.getuid()}-{turn}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with ExitStack() as held:
+            with suppress(OSError):
+                lock = Path(tempfile.gettempdir()) / f"dist_contrastive-{os.getuid()}-{turn}.lock"
+                fcntl.flock(held.enter_context(lock.open("w")), fcntl.LOCK_EX)
             calls[turn]()
