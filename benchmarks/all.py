@@ -82,10 +82,12 @@ def launcher(ranks: int) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def run(words: Sequence[str], output: Path, limit_s: float) -> int | None:
+def run(words: Sequence[str], output: Path, limit_s: float, environment: Mapping[str, str]) -> int | None:
     """The exit status of a benchmark, whose output goes to a file; None where it was ended after `limit_s`."""
     with open(output, "wb") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(
+            words, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True, env=environment
+        )
         try:
             return process.wait(limit_s)
         except subprocess.TimeoutExpired:
@@ -135,6 +137,8 @@ def measure(command: Command, record: Record) -> str:
         why = f"it takes at least {parts[name].least_s:.0f} s, more than its share of {command.minutes:g} min"
         record.leave_out(name, why)
     record.folder.mkdir(parents=True, exist_ok=True)
+    # A benchmark of processors is one on a machine with GPUs, too.
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {})
     sections = []
     for number, name in enumerate(names):
         part, ranks = parts[name], ranks_of[name]
@@ -146,7 +150,7 @@ def measure(command: Command, record: Record) -> str:
         words = [*launcher(ranks), f"benchmarks.{part.name}", *options, *minutes, "--out", str(folder.absolute())]
         print(f"{name}: {share:.0f} s", flush=True)
         start = time.monotonic()
-        status = run(words, output, min(left, max(1.5 * share, share + GRACE_S)))
+        status = run(words, output, min(left, max(1.5 * share, share + GRACE_S)), environment)
         record.details[name] = {
             "seconds": time.monotonic() - start,
             "status": status,

@@ -38,7 +38,7 @@ from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.cli import main_guard
 from dist_contrastive.config import AugmentConfig, ViewConfig, require
 from dist_contrastive.data.augment import Augment
-from dist_contrastive.data.draws import Drawer, blur_size
+from dist_contrastive.data.augment.draws import Drawer, blur_size
 
 QUESTION = "how fast is the augmentation, beside kornia's, torchvision's and a mere copy?"
 IMAGES, TRAFFIC, SHARE, BANDWIDTH = (

@@ -49,8 +49,8 @@ class Batch:
     text: Tensor | None = None
     """int64 [B, L]: a caption of each sample as L token ids, padded with `PADDING`; None where the dataset has no captions."""
     draws: Tensor | None = None
-    """float32 [V, B, ...]: what the augmentation is to do with each view, all sizes together (`data.draws`); None where views are
-    not to be augmented, or are already."""
+    """float32 [V, B, ...]: what the augmentation is to do with each view, all sizes together (`data.augment.draws`); None where
+    views are not to be augmented, or are already."""
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -136,7 +136,10 @@ class Run:
         self.folder = folder
         say = print if distributed.is_main() else str
         with announced_compilation(say), liveness.busy("builds the model and compiles the loader"):
-            ready = get_ready(dataset, config.augment, accelerator.device, distributed.local_rank())
+            ready = get_ready(
+                dataset, config.augment, accelerator.device,
+                resident=config.data.resident, process=distributed.local_rank(),
+            )  # fmt: skip
             self.trainer = Trainer(
                 config,
                 accelerator,

@@ -14,9 +14,8 @@ from torchvision.transforms.v2 import functional as F
 from dist_contrastive import rng
 from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import AugmentConfig, ViewConfig
-from dist_contrastive.data import augment_cpu
-from dist_contrastive.data.augment import Augment, to_displayable, to_normalized
-from dist_contrastive.data.draws import NEVER, NUM_DRAWS, Draw, Drawer, blur_size
+from dist_contrastive.data.augment import Augment, cpu, to_displayable, to_normalized
+from dist_contrastive.data.augment.draws import NEVER, NUM_DRAWS, Draw, Drawer, blur_size
 from dist_contrastive.rng import Stream
 
 CPU = torch.device("cpu")
@@ -321,7 +320,7 @@ def test_an_image_does_not_depend_on_the_batch_around_it(side):
 def test_an_image_does_not_depend_on_the_threads(side, monkeypatch):
     batch = random_batch(37, side)
     views = augmented(ALL, batch, seed=2).views[0]
-    monkeypatch.setattr(augment_cpu, "MIN_PIXELS_A_THREAD", 1)
+    monkeypatch.setattr(cpu, "MIN_PIXELS_A_THREAD", 1)
     for threads in (2, 3, 5):
         torch.set_num_threads(threads)
         assert torch.equal(augmented(ALL, batch, seed=2).views[0], views)

@@ -13,9 +13,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dist_contrastive.data import augment_cuda
-from dist_contrastive.data.augment_cpu import augment_on_cpu
-from dist_contrastive.data.draws import BRIGHTNESS, CONTRAST, HUE, NEVER, NUM_DRAWS, NUM_TURNS, SATURATION, Draw
+from dist_contrastive.data.augment import cuda
+from dist_contrastive.data.augment.cpu import augment_on_cpu
+from dist_contrastive.data.augment.draws import BRIGHTNESS, CONTRAST, HUE, NEVER, NUM_DRAWS, NUM_TURNS, SATURATION, Draw
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -80,7 +80,7 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
 
 def in_groups(images: Tensor, draws: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     """Groups of 5 images at most, and one smaller one."""
-    return augment_cuda.augment_in_groups(images, draws, mean, std, dtype, max_group=5)
+    return cuda.augment_in_groups(images, draws, mean, std, dtype, max_group=5)
 
 
 # The interpreter cuts off what is rounded elsewhere when it converts to bfloat16.
@@ -111,7 +111,7 @@ def is_the_same_alone(side: int) -> bool:
     images = torch.randint(0, 256, (3, side, side, 3), generator=torch.Generator().manual_seed(side), dtype=torch.uint8)
     draws = every_order(len(images), torch.Generator().manual_seed(side))
     alone, together = (
-        augment_cuda.augment_in_groups(images, draws, MEAN, STD, torch.float32, max_group) for max_group in (1, 3)
+        cuda.augment_in_groups(images, draws, MEAN, STD, torch.float32, max_group) for max_group in (1, 3)
     )
     return torch.equal(alone, together)
 
@@ -123,7 +123,7 @@ def test_an_image_does_not_depend_on_its_group(interpreter: ProcessPoolExecutor,
 
 def shape_of_nothing() -> tuple[int, ...]:
     images, draws = torch.empty((0, 8, 8, 3), dtype=torch.uint8), torch.empty(0, NUM_DRAWS)
-    return tuple(augment_cuda.augment_in_groups(images, draws, MEAN, STD, torch.float16, 5).shape)
+    return tuple(cuda.augment_in_groups(images, draws, MEAN, STD, torch.float16, 5).shape)
 
 
 def test_no_images_become_no_images(interpreter: ProcessPoolExecutor) -> None:
@@ -156,11 +156,11 @@ def type_of(argument: Any) -> str:
 def test_what_is_launched_compiles_and_fits(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
     launches: list[Launch] = []
     for name in ("sum_luma", "color", "blur"):
-        monkeypatch.setattr(augment_cuda, name, Recorder(getattr(augment_cuda, name), launches))
+        monkeypatch.setattr(cuda, name, Recorder(getattr(cuda, name), launches))
     for side in (32, 224):
         for dtype in DTYPES if side == 32 else DTYPES[:2]:
             images = torch.zeros((1, side, side, 3), dtype=torch.uint8)
-            augment_cuda.augment_in_groups(images, torch.zeros(1, NUM_DRAWS), MEAN, STD, dtype, 1)
+            cuda.augment_in_groups(images, torch.zeros(1, NUM_DRAWS), MEAN, STD, dtype, 1)
     assert len(launches) == 3 * 3 + 2 * 4
     for kernel, args, options in launches:
         signature, constants, aligned = {}, {}, {}
@@ -187,10 +187,10 @@ def test_what_is_launched_compiles_and_fits(monkeypatch: pytest.MonkeyPatch, cap
 def test_a_gpu_computes_what_the_cpu_does_and_the_host_waits_for_nothing(side: int, dtype: torch.dtype) -> None:
     def augment(images: Tensor, draws: Tensor, *others: Any) -> Tensor:
         moved = images.cuda(), draws.cuda()
-        augment_cuda.augment_on_cuda(*moved, *others)  # compiles
+        cuda.augment_on_cuda(*moved, *others)  # compiles
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return augment_cuda.augment_on_cuda(*moved, *others)
+            return cuda.augment_on_cuda(*moved, *others)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -2,11 +2,12 @@
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -333,10 +334,11 @@ def test_all_puts_records_on_one_page_and_says_what_is_left_out(
 ) -> None:
     """In place of the benchmarks, which take long, something that leaves records like theirs."""
 
-    def stand_in(words: Sequence[str], output: Path, limit_s: float) -> int | None:
+    def stand_in(words: Sequence[str], output: Path, limit_s: float, environment: Mapping[str, str]) -> int | None:
         output.write_text("said this\n")
         name, folder = words[2].removeprefix("benchmarks."), Path(words[-1])
         assert 0 < float(words[words.index("--minutes") + 1]) < 9
+        assert environment["CUDA_VISIBLE_DEVICES"] == "", "asked for processors"
         if name == "loss":
             return 1
         if name == "scaling":
@@ -371,10 +373,10 @@ def test_all_puts_records_on_one_page_and_says_what_is_left_out(
 
 def test_a_benchmark_that_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
     start, output = time.monotonic(), tmp_path / "output.txt"
-    assert everything.run(["bash", "-c", "sleep 60 & echo $!; sleep 60"], output, 0.5) is None
+    assert everything.run(["bash", "-c", "sleep 60 & echo $!; sleep 60"], output, 0.5, os.environ) is None
     assert time.monotonic() - start < 30
     deadline = time.monotonic() + 10
     while psutil.pid_exists(int(output.read_text())) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert time.monotonic() < deadline
-    assert everything.run(["bash", "-c", "exit 3"], tmp_path / "output.txt", 20) == 3
+    assert everything.run(["bash", "-c", "exit 3"], tmp_path / "output.txt", 20, os.environ) == 3

@@ -28,7 +28,7 @@ ENTRY_POINTS = 5
 
 # Modules that may be imported where they are used: kernels for a GPU, as not every torch comes with Triton, and what a run needs
 # once it is done, as matplotlib and scikit-learn take seconds.
-LATE = {"dist_contrastive.data.augment_cuda", "dist_contrastive.report"}
+LATE = {"dist_contrastive.data.augment.cuda", "dist_contrastive.report"}
 # Packages that an installation may lack; these may be imported where they are used.
 OPTIONAL = {"deepspeed", "fastapi", "uvicorn", "onnx", "onnxruntime", "faiss", "pyarrow"}
 

@@ -19,9 +19,9 @@ from dist_contrastive import rng
 from dist_contrastive.batch import Batch, Samples, Share
 from dist_contrastive.config import AugmentConfig, DataConfig, UserError, ViewConfig
 from dist_contrastive.data import loader
+from dist_contrastive.data.augment.draws import Drawer
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.crops import random_boxes
-from dist_contrastive.data.draws import Drawer
 from dist_contrastive.data.format import TEST, TRAIN
 from dist_contrastive.data.loader import Batches, Crops, Loader, fair_threads
 from dist_contrastive.rendezvous import fair_cores

@@ -20,23 +20,29 @@ from pathlib import Path
 import torch
 from dist_contrastive.batch import Share
 from dist_contrastive.config import AugmentConfig, DataConfig
-from dist_contrastive.data import augment_cpu, crops, draws
-from dist_contrastive.data.augment import Augment
+from dist_contrastive.data import crops
+from dist_contrastive.data.augment import Augment, draws
+from dist_contrastive.data.augment import cpu as views
 from dist_contrastive.data.beton import open_dataset
 from dist_contrastive.data.ready import get_ready
-from tests.betons import open_loader
+from dist_contrastive.data.loader import Loader
+from dist_contrastive.data.resident import ResidentLoader
 
-functions = {"crops": crops.crop_samples, "views": augment_cpu._augment, "draws": draws._draw, "boxes": crops._draw_boxes}
+functions = {
+    "crops": crops.crop_samples, "views": views._augment, "draws": draws._draw, "boxes": crops._draw_boxes,
+    "decoding": crops.decode_samples,
+}
 
 def compiled():
     return {name: sum(function.stats.cache_misses.values()) for name, function in functions.items()}
 
 cpu, augment = torch.device("cpu"), AugmentConfig()
 dataset = open_dataset(Path(sys.argv[1]))
-get_ready(dataset, augment, cpu, int(sys.argv[2])).result()
+get_ready(dataset, augment, cpu, resident=True, process=int(sys.argv[2])).result()
 before, signatures = compiled(), [len(function.signatures) for function in functions.values()]
-with open_loader(dataset, DataConfig(image_size=8), augment, share=Share(4)) as loader:
-    Augment(augment)(next(loader.epoch(0)), cpu)
+for kind in (Loader, ResidentLoader):
+    with kind(dataset, DataConfig(image_size=8), augment, seed=0, share=Share(4), threads=1) as loader:
+        Augment(augment)(next(loader.epoch(0)), cpu)
 assert [len(function.signatures) for function in functions.values()] == signatures, "the first batch compiles"
 print(json.dumps(before))
 """

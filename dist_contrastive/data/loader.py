@@ -37,12 +37,13 @@ from torch import Tensor
 from dist_contrastive import rng
 from dist_contrastive.batch import Batch, Samples, Share, steps_per_epoch
 from dist_contrastive.config import AugmentConfig, DataConfig, require
+from dist_contrastive.data.augment.draws import NUM_DRAWS, Drawer
 from dist_contrastive.data.beton import Dataset
 from dist_contrastive.data.crops import Scratch, center_boxes, crop_samples, make_scratch, random_boxes
-from dist_contrastive.data.draws import NUM_DRAWS, Drawer
 from dist_contrastive.data.format import TRAIN
 from dist_contrastive.rendezvous import fair_cores
 
+CPU = torch.device("cpu")
 # How long close() waits for threads to end their slices; one stuck in a read ends by itself when the read returns.
 JOIN_TIMEOUT_S = 5.0
 
@@ -171,14 +172,15 @@ class Loader:
         seed: int,
         share: Share,
         threads: int,
-        pin_memory: bool = False,
+        device: torch.device = CPU,
     ) -> None:
-        """`share` is this rank's of each update's samples, `threads` how many work (`fair_threads`); a GPU reads pinned memory
-        by itself."""
+        """`share` is this rank's of each update's samples, `threads` how many work (`fair_threads`), `device` where the batches
+        are going."""
         assert threads >= 1, "a loader needs a thread"
         self.dataset, self.data, self.augment = dataset, data, augment
         self.seed, self.share = seed, share
-        self._pin_memory = pin_memory
+        self.device = device
+        self._pin_memory = device.type == "cuda"  # which a GPU reads by itself
         self._num_threads = threads
         self._parts_a_thread = 2 if dataset.is_jpeg.any() else 1
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
@@ -277,6 +279,26 @@ class Loader:
             self._tasks.put(task)
         return [task.done for task in tasks]
 
+    def wait_for(self, parts: Sequence[Future[None]]) -> None:
+        """Until all `parts` of what was shared out are done.
+
+        Errors: whatever a thread raised, as itself; TimeoutError when they are not within `timeout_s`.
+        """
+        timeout_s = self.data.timeout_s
+        try:
+            finished, unfinished = wait(parts, timeout=timeout_s, return_when=FIRST_EXCEPTION)
+            for done in finished:
+                done.result()
+            if unfinished:
+                raise TimeoutError(
+                    f"no batch within {timeout_s:g} s (--data.timeout-s): the threads that read {self.dataset.path} are stuck; "
+                    "is its file system still there?"
+                )
+        except BaseException:
+            for done in parts:
+                done.cancel()
+            raise
+
     def tensor(self, x: Tensor) -> Tensor:
         """`x` in memory of the kind that batches lie in."""
         return x.pin_memory() if self._pin_memory else x
@@ -335,21 +357,11 @@ class Batches(Iterator[Batch]):
         if not self._pending:
             raise StopIteration
         samples, text, begun = self._pending.popleft()
-        timeout_s = self._loader.data.timeout_s
         try:
             self._submit()
             begin = time.perf_counter()
-            finished, unfinished = wait(begun.parts, timeout=timeout_s, return_when=FIRST_EXCEPTION)
-            for done in finished:
-                done.result()
-            if unfinished:
-                raise TimeoutError(
-                    f"no batch within {timeout_s:g} s (--data.timeout-s): the threads that read "
-                    f"{self._loader.dataset.path} are stuck; is its file system still there?"
-                )
+            self._loader.wait_for(begun.parts)
         except BaseException:
-            for done in begun.parts:
-                done.cancel()
             self.close()
             raise
         self.wait_ms = (time.perf_counter() - begin) * 1e3

@@ -6,16 +6,18 @@ import numpy as np
 import torch
 
 from dist_contrastive.config import AugmentConfig
-from dist_contrastive.data.augment_cpu import augment_on_cpu
+from dist_contrastive.data.augment.cpu import augment_on_cpu
+from dist_contrastive.data.augment.draws import NUM_DRAWS, Drawer
 from dist_contrastive.data.beton import Dataset
 from dist_contrastive.data.compiled import compile_in_turns
-from dist_contrastive.data.crops import crop_samples, make_scratch, random_boxes
-from dist_contrastive.data.draws import NUM_DRAWS, Drawer
+from dist_contrastive.data.crops import crop_samples, decode_samples, make_scratch, random_boxes
 
 
-def get_ready(dataset: Dataset, augment: AugmentConfig, device: torch.device, process: int) -> Future[None]:
-    """Begin to compile what the loader and, on a CPU, the augmentation call; `process` is this one's number among those of this
-    machine that do so together. The result says that it is done."""
+def get_ready(
+    dataset: Dataset, augment: AugmentConfig, device: torch.device, *, resident: bool, process: int
+) -> Future[None]:
+    """Begin to compile what the loader (one with `resident` images decodes them first) and, on a CPU, the augmentation call;
+    `process` is this one's number among those of this machine that do so together. The result says that it is done."""
     d, nothing = dataset, np.empty(0, np.int64)
 
     def crops() -> None:
@@ -23,6 +25,11 @@ def get_ready(dataset: Dataset, augment: AugmentConfig, device: torch.device, pr
             d.file_bytes, d.pointers, d.sizes, d.is_jpeg, d.heights, d.widths, nothing, np.empty((1, 0, 4), np.int64),
             np.empty(0, np.uint8), np.zeros(1, np.int64), np.ones(1, np.int64), 0, make_scratch(d, (1,)),
         )  # fmt: skip
+
+    def decoding() -> None:
+        decode_samples(
+            d.file_bytes, d.pointers, d.sizes, d.is_jpeg, d.heights, d.widths, nothing, nothing, np.empty(0, np.uint8)
+        )
 
     def draws() -> None:
         drawer = Drawer(augment, seed=0)
@@ -36,7 +43,7 @@ def get_ready(dataset: Dataset, augment: AugmentConfig, device: torch.device, pr
         augment_on_cpu(images, torch.empty((0, NUM_DRAWS)), augment.mean, augment.std)
 
     # What takes long comes first, for as many processes as there may be.
-    calls = [crops, *([views] if device.type == "cpu" else []), draws, boxes]
+    calls = [crops, *([views] if device.type == "cpu" else []), draws, boxes, *([decoding] if resident else [])]
     thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
     done = thread.submit(compile_in_turns, calls, process)
     thread.shutdown(wait=False)

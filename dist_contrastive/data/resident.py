@@ -4,21 +4,24 @@ Order, crops, draws and captions are those of the loader that reads the file, an
 `crops`, operation by operation and in the same order. The threads have nothing left to do but to draw.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
+from dist_contrastive import liveness
 from dist_contrastive.batch import Share
-from dist_contrastive.config import AugmentConfig, DataConfig, TrainConfig, require
+from dist_contrastive.config import TrainConfig, require
 from dist_contrastive.data.beton import Dataset
 from dist_contrastive.data.crops import decode_samples
 from dist_contrastive.data.format import TRAIN
 from dist_contrastive.data.loader import Begun, Crops, Loader, Scratches, fair_threads, unreadable
 
-MAX_VALUES = 1 << 24
+MAX_VALUES = 1 << 22
 """Values of views that are cut at a time: each takes an index of 8 bytes and a few floats meanwhile."""
 USABLE = 0.8
 """Part of the device's free memory that the images may take: a step needs some, too."""
@@ -28,20 +31,10 @@ DECODED_AT_A_TIME = 256
 class ResidentLoader(Loader):
     """A `Loader` whose training images lie on a device; of other images it reads the file."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        data: DataConfig,
-        augment: AugmentConfig,
-        *,
-        seed: int,
-        share: Share,
-        threads: int,
-        device: torch.device,
-    ) -> None:
-        """`UserError` where the images do not fit into the memory of `device`."""
-        pin_memory = device.type == "cuda"
-        super().__init__(dataset, data, augment, seed=seed, share=share, threads=threads, pin_memory=pin_memory)
+    def __init__(self, *settings: Any, **options: Any) -> None:
+        """What a `Loader` takes. `UserError` where the images do not fit into the memory of `device`."""
+        super().__init__(*settings, **options)
+        dataset, device = self.dataset, self.device
         train = dataset.indices(TRAIN)
         lengths = 3 * dataset.heights[train].astype(np.int64) * dataset.widths[train]
         size, free = int(lengths.sum()), _free_bytes(device)
@@ -58,20 +51,26 @@ class ResidentLoader(Loader):
         self._begins = torch.from_numpy(begins).to(device)
         """int64 [samples]: where in `_pixels` each begins; -1 for those that are not there."""
         self._widths = torch.from_numpy(dataset.widths.astype(np.int64)).to(device)
-        self._device = device
-        for start in range(0, len(train), DECODED_AT_A_TIME):
-            self._decode(train[start : start + DECODED_AT_A_TIME], begins)
+        with liveness.busy("decodes the training images"):
+            for start in range(0, len(train), DECODED_AT_A_TIME):
+                self._decode(train[start : start + DECODED_AT_A_TIME], begins)
 
     def _decode(self, samples: np.ndarray, begins: np.ndarray) -> None:
+        """Decode `samples` int64 [n], which follow one another in `_pixels`, on all threads."""
         d = self.dataset
         lengths = 3 * d.heights[samples].astype(np.int64) * d.widths[samples]
         own = np.cumsum(lengths) - lengths
         decoded = np.empty(int(lengths.sum()), np.uint8)
-        failed = decode_samples(
-            d.file_bytes, d.pointers, d.sizes, d.is_jpeg, d.heights, d.widths, samples, own, decoded
-        )
-        if failed >= 0:
-            raise unreadable(d, samples[failed])
+
+        def work(share: np.ndarray, start: int, scratches: Scratches) -> None:
+            begins_of_share = own[start : start + len(share)]
+            failed = decode_samples(
+                d.file_bytes, d.pointers, d.sizes, d.is_jpeg, d.heights, d.widths, share, begins_of_share, decoded
+            )
+            if failed >= 0:
+                raise unreadable(d, share[failed])
+
+        self.wait_for(self.share_out(samples, work))
         begin = int(begins[samples[0]])
         self._pixels[begin : begin + len(decoded)] = torch.from_numpy(decoded)
 
@@ -92,10 +91,10 @@ class ResidentLoader(Loader):
     def _cut(self, crops: Crops, samples: Tensor, boxes: Tensor) -> tuple[Tensor, ...]:
         """The views of `samples` int64 [B], whose `boxes` are int64 [V, B, 4]: uint8 [V, B, S, S, 3] for each size, on the
         device."""
-        begins, widths = (x[samples.to(self._device, non_blocking=True)] for x in (self._begins, self._widths))
+        begins, widths = (x[samples.to(self.device, non_blocking=True)] for x in (self._begins, self._widths))
         views, first = [], 0
         for count, side in crops.views:
-            of_size = torch.empty((count, len(samples), side, side, 3), dtype=torch.uint8, device=self._device)
+            of_size = torch.empty((count, len(samples), side, side, 3), dtype=torch.uint8, device=self.device)
             at_a_time = max(1, MAX_VALUES // (3 * side * side))
             for view, box in zip(of_size, boxes[first : first + count], strict=True):
                 for start in range(0, len(samples), at_a_time):
@@ -145,16 +144,17 @@ class _Source:
         """Values float32 [n, S, S, 3], a half added."""
         total = torch.full((), 0.5, device=self._pixels.device)
         for i, weight in enumerate(self._of_rows):
-            total = total + weight * self._sum(
-                self._of_columns, [self._tap(i, k) for k in range(len(self._of_columns))]
-            )
+            total = total + weight * self._sum(self._of_columns, (self._tap(i, k) for k in self._columns()))
         return total
 
     def columns_first(self) -> Tensor:
         """The same, where each column is resized before the rows are."""
         rows = range(len(self._of_rows))
-        columns = [self._sum(self._of_rows, [self._tap(i, k) for i in rows]) for k in range(len(self._of_columns))]
+        columns = (self._sum(self._of_rows, (self._tap(i, k) for i in rows)) for k in self._columns())
         return self._sum(self._of_columns, columns) + 0.5
+
+    def _columns(self) -> range:
+        return range(len(self._of_columns))
 
     def _tap(self, i: int, k: int) -> Tensor:
         """Tap i of the rows and k of the columns, float32 [n, S, S, 3]; beyond the crop, where weights are 0, its border."""
@@ -164,12 +164,10 @@ class _Source:
         return self._pixels[places[..., None] + torch.arange(3, device=places.device)].float()
 
     @staticmethod
-    def _sum(weights: Sequence[Tensor], taps: Sequence[Tensor]) -> Tensor:
-        """The weighted sum of the taps, in their order."""
-        total = weights[0] * taps[0]
-        for weight, tap in zip(weights[1:], taps[1:], strict=True):
-            total = total + weight * tap
-        return total
+    def _sum(weights: Sequence[Tensor], taps: Iterable[Tensor]) -> Tensor:
+        """The weighted sum of the taps, in their order; of them one is there at a time."""
+        products = (weight * tap for weight, tap in zip(weights, taps, strict=True))
+        return reduce(torch.add, products)
 
 
 def _num_taps(length: int, side: int) -> int:
@@ -215,8 +213,5 @@ def _free_bytes(device: torch.device) -> int:
 def loader_of(config: TrainConfig, dataset: Dataset, share: Share, device: torch.device) -> Loader:
     """The loader of a run of `config` on `device`, for the rank whose `share` it is."""
     threads = fair_threads(config.data.threads)
-    settings = dataset, config.data, config.augment
-    if config.data.resident:
-        return ResidentLoader(*settings, seed=config.seed, share=share, threads=threads, device=device)
-    pin_memory = device.type == "cuda"
-    return Loader(*settings, seed=config.seed, share=share, threads=threads, pin_memory=pin_memory)
+    kind = ResidentLoader if config.data.resident else Loader
+    return kind(dataset, config.data, config.augment, seed=config.seed, share=share, threads=threads, device=device)

@@ -12,7 +12,7 @@ import torch
 from dist_contrastive import distributed
 from dist_contrastive.batch import Batch, Samples, largest_micro
 from dist_contrastive.config import TrainConfig, UserError
-from dist_contrastive.data.draws import Drawer
+from dist_contrastive.data.augment.draws import Drawer
 from dist_contrastive.optim import STATES_PER_PARAMETER
 from dist_contrastive.step.gradient import WHAT_NEEDS_LESS, StepGradient
 from dist_contrastive.step.memory import TensorCount, measure_peak, release_memory, usable_bytes

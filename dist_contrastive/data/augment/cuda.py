@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dist_contrastive.data.draws import NUM_DRAWS, Draw, blur_size
+from dist_contrastive.data.augment.draws import NUM_DRAWS, Draw, blur_size
 
 # Rec. 601 luma, in the digits that torchvision uses.
 RED, GREEN, BLUE = tl.constexpr(0.2989), tl.constexpr(0.587), tl.constexpr(0.114)

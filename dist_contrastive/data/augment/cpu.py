@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_contrastive.data.augment.draws import Draw, blur_size
 from dist_contrastive.data.compiled import cached
-from dist_contrastive.data.draws import Draw, blur_size
 
 # Rec. 601 luma, in the digits that torchvision uses.
 RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)

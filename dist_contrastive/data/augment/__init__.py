@@ -14,13 +14,13 @@ from torch import Tensor
 
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import AugmentConfig
-from dist_contrastive.data.augment_cpu import augment_on_cpu
+from dist_contrastive.data.augment.cpu import augment_on_cpu
 
 
-@torch.library.custom_op("dist_contrastive::augment", mutates_args=())
+@torch.library.custom_op("dist_contrastive::augment", mutates_args=(), device_types="cpu")
 def _augment(images: Tensor, draws: Tensor, mean: list[float], std: list[float], dtype: torch.dtype) -> Tensor:
     """`images` uint8 [n, S, S, 3] as `draws` float32 [n, NUM_DRAWS] say: `dtype` [n, 3, S, S], channels last."""
-    raise NotImplementedError(f"no augmentation for a device of type {images.device.type}")
+    return augment_on_cpu(images, draws, mean, std).to(dtype)
 
 
 @_augment.register_fake
@@ -28,14 +28,9 @@ def _(images: Tensor, draws: Tensor, mean: list[float], std: list[float], dtype:
     return torch.empty(images.shape, dtype=dtype, device=images.device).permute(0, 3, 1, 2)
 
 
-@_augment.register_kernel("cpu")
-def _(images: Tensor, draws: Tensor, mean: list[float], std: list[float], dtype: torch.dtype) -> Tensor:
-    return augment_on_cpu(images, draws, mean, std).to(dtype)
-
-
 @_augment.register_kernel("cuda")
 def _(images: Tensor, draws: Tensor, mean: list[float], std: list[float], dtype: torch.dtype) -> Tensor:
-    from dist_contrastive.data.augment_cuda import augment_on_cuda  # needs Triton, which not every torch comes with
+    from dist_contrastive.data.augment.cuda import augment_on_cuda  # needs Triton, which not every torch comes with
 
     return augment_on_cuda(images, draws, mean, std, dtype)
 
