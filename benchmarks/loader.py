@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numba
 import numpy as np
@@ -117,6 +117,8 @@ class Command(Turns):
     slow_samples: int = -1
     """How many samples loaders over PIL images get in an epoch; -1: 4000 in the case small, 256 in the others; 0 leaves these
     loaders out."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where our loader keeps images in one of its forms; on cpu it is left out, and auto takes a GPU where there is one."""
     fresh_rounds: int = 1
     """How often each loader is started in a fresh process, for memory and the time to the first batch."""
 
@@ -369,10 +371,10 @@ def measure(name: str, path: Path, command: Command, budget: Budget, record: Rec
     )
     threads = command.threads or fair_cores()
     names = [OURS, FFCV]
-    if choose_device("auto").type == "cuda":
+    if choose_device(command.device).type == "cuda":
         names.insert(1, ON_DEVICE)
     else:
-        record.leave_out(ON_DEVICE, "there is no GPU")
+        record.leave_out(ON_DEVICE, "no GPU takes part")
     if case.slow_samples:
         names.append(TORCHVISION)
         if record.has_peer("lightly", "lightly.transforms"):

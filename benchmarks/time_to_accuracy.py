@@ -2,7 +2,8 @@
 
 Trains each recipe once for each seed by its own command, with probes every few epochs, and finds the first of them in which kNN
 and the linear probe reach what is asked. Warm-up (start, compilation, the first step), training and evaluation are accounted for
-apart: a run that is scored more often is not slower. A run that is finished already in the folder of runs is not repeated.
+apart: a run that is scored more often is not slower. A run that is finished already in the folder of runs is not repeated,
+and the record says so.
 
     python -m benchmarks.time_to_accuracy
     python -m benchmarks.time_to_accuracy photos photos_vicreg --linear 0.74 --knn 0.66 --seeds 0 1 2 3 4
@@ -117,8 +118,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 record.leave_out(f"{recipe} with seed {seed}", "the time was over")
                 continue
             folder = command.runs / f"{recipe}-{seed}"
+            was_there = (folder / "DONE").exists()
             train(folder, recipe, seed, replace(command, options=options), cores)
-            seconds = json.loads((folder / "machine.json").read_text())["seconds"]
+            machine = json.loads((folder / "machine.json").read_text())
+            seconds = machine["seconds"]
+            if was_there:
+                known = f"commit {machine.get('commit', 'unknown')}, {machine.get('gpu', machine['cpu'])}"
+                record.leave_out(f"another run of {recipe} with seed {seed}", f"{folder.name} is there, of {known}")
             history = json.loads((folder / "probe.json").read_text())["history"]
             record.details[f"{recipe}-{seed}"] = {"seconds": seconds, "history": history}
             for name, (score, target) in targets.items():

@@ -98,6 +98,15 @@ def nt_xent_errors(case: Case) -> list[float]:
     return errors(fused_loss, case.of(nt_xent_reference), anchors, everyone)
 
 
+def no_gradient_error(case: Case) -> float:
+    """Of a loss that is only looked at, for which kernels have less to do."""
+    everyone = case.embeddings()
+    anchors = everyone[case.offset : case.offset + case.num_views * case.batch_size]
+    with torch.no_grad():
+        found = case.of(partial(infonce._fused_nt_xent, tiles=SMALL))(anchors, everyone)
+    return error(found, case.of(nt_xent_reference)(anchors.double(), everyone.double()))
+
+
 def shares_errors(num_ranks: int) -> list[float]:
     """Of the mean over ranks, each with its offset, beside one rank's over all."""
     case = Case(2, 12, 1, 24, 0.1)
@@ -191,6 +200,12 @@ def test_nt_xent_is_as_exact_as_float32(interpreter: ProcessPoolExecutor, case: 
     assert max(interpreter.submit(nt_xent_errors, case).result()) < 1e-6
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_without_gradients_the_loss_is_the_same(interpreter: ProcessPoolExecutor, decoupled: bool) -> None:
+    case = Case(2, 9, 2, 40, 0.1, decoupled=decoupled)
+    assert interpreter.submit(no_gradient_error, case).result() < 1e-6
+
+
 def test_a_tiny_temperature_makes_no_difference_but_the_roundings(interpreter: ProcessPoolExecutor) -> None:
     assert max(interpreter.submit(nt_xent_errors, Case(2, 9, 1, 100, 0.01)).result()) < 1e-5
 
@@ -226,7 +241,9 @@ def test_many_small_weights_are_not_lost(interpreter: ProcessPoolExecutor) -> No
     assert interpreter.submit(part_of_the_many, 5000).result() == pytest.approx(1, rel=1e-3)
 
 
-def compiled(kernel: Any, capability: int, size: int, tiles: Tiles, excluded: int, parts: int) -> Any:
+def compiled(
+    kernel: Any, capability: int, size: int, tiles: Tiles, excluded: int, parts: int, *, needs_averages: bool = True
+) -> Any:
     """The kernel as a GPU of that capability would run it; embeddings of `size`."""
     constants = {
         "EXCLUDED": excluded,
@@ -235,7 +252,7 @@ def compiled(kernel: Any, capability: int, size: int, tiles: Tiles, excluded: in
         "PARTS": parts,
         "ANCHORS": tiles.anchors,
         "OTHERS": tiles.others,
-        "NEEDS_AVERAGES": True,
+        "NEEDS_AVERAGES": needs_averages,
     }
     pointers = dict.fromkeys(("factor", "sums", "averages", "upstream", "gradients"), "*fp32")
     types = {**dict.fromkeys(constants, "constexpr"), **pointers, "anchors": "*fp16", "others": "*fp16"}
@@ -269,6 +286,7 @@ def test_all_that_is_launched_compiles_for_tensor_cores(
         assert "mma" in found.asm["ptx"]
     excluded, parts = next(variants)
     compiled(kernel, capability, 32, TILES[128][-1], excluded, parts)
+    compiled(kernel, capability, 128, TILES[128][0], excluded, parts, needs_averages=False)
     for size in TILES:
         assert compiled(kernel, capability, size, TILES[size][-1], EXCLUDED[0].value, 2).metadata.shared <= ALL_HAVE
 

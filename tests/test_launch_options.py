@@ -1,5 +1,6 @@
 """What a run may ask of torch beside its precision: compiled passes, whose shapes are fixed, and what only GPUs have."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import fx
+from torch._dynamo.backends.registry import lookup_backend
 
 from dist_contrastive import launch, preflight
 from dist_contrastive.config import BatchConfig, EncoderConfig, LaunchConfig, TrainConfig, UserError
@@ -63,17 +65,31 @@ def test_the_first_step_compiles_every_shape_and_later_ones_none(name: str, norm
         np.testing.assert_allclose(found[key], gradient, rtol=1e-4, atol=1e-6, err_msg=key)
 
 
-def train_compiled(rank: int, config: TrainConfig) -> int:
-    base.BACKEND = note  # type: ignore[assignment]
+def train_compiled(rank: int, config: TrainConfig, backend: str) -> int:
+    """How many graphs are compiled."""
+    compile_graph = note if backend == "as it is" else lookup_backend(backend)
+
+    def counted(graph: fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(graph)
+        return compile_graph(graph, inputs)
+
+    base.BACKEND = counted  # type: ignore[assignment]
     train(config)
     return len(compiled)
 
 
-def test_a_run_whose_passes_are_compiled_has_the_losses_of_one_whose_are_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "as it is",
+        pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")),
+    ],
+)
+def test_a_run_whose_passes_are_compiled_has_the_losses_of_one_whose_are_not(backend: str, tmp_path: Path) -> None:
     config = tiny_config(tmp_path / "plain", write_dataset(tmp_path), norm="group", stop_after_steps=3)
     run_ranks(train_on_rank, 1, config)
     other = replace(config, run_dir=tmp_path / "compiled", launch=replace(config.launch, compile=True))
-    assert run_ranks(train_compiled, 1, other)[0] > 0
+    assert run_ranks(train_compiled, 1, other, backend)[0] > 0
     for one, same in zip(metrics_of(config.run_dir), metrics_of(other.run_dir), strict=True):
         assert one == pytest.approx(same, abs=1e-4)
 
