@@ -405,10 +405,21 @@ def begin(
     folder = command.out or RECORDS / f"{date.today()}_{short_name(machine)}_{name}"
     require(not (folder / f"{name}.json").exists(), f"{folder} has a record already: delete it, or give another --out")
     settings = {key: _json_value(value) for key, value in vars(command).items() if key != "out"}
-    words = sys.argv[1:] if argv is None else argv
+    words = _without_out(sys.argv[1:] if argv is None else argv)
     versions = {"python": platform.python_version()} | {p: version(p) for p in (*PACKAGES, *packages)}
     typed = shlex.join(["python", "-m", f"benchmarks.{name}", *words])
     return command, Record(name, question, settings, folder, machine, typed, versions)
+
+
+def _without_out(words: Sequence[str]) -> list[str]:
+    """A command line but for where its record goes: whoever repeats it has folders of his own."""
+    kept, rest = [], iter(words)
+    for word in rest:
+        if word == "--out":
+            next(rest, None)
+        elif not word.startswith("--out="):
+            kept.append(word)
+    return kept
 
 
 def _json_value(value: Any) -> Any:

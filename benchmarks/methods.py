@@ -90,7 +90,7 @@ def train(folder: Path, recipe: str, seed: int, command: TrainingOptions, cores:
                 check=True,
                 preexec_fn=partial(os.sched_setaffinity, 0, cores),
             )
-        (folder / "duration_s").write_text(f"{time.monotonic() - start:.0f}")
+        (folder / "duration_s").write_text(f"{time.monotonic() - start:.1f}")
 
 
 def run(recipe: str, seed: int, command: Command, cores: Collection[int]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def run(recipe: str, seed: int, command: Command, cores: Collection[int]) -> dic
         "linear_holdout_top1": probe["linear_holdout_top1"],
         "first_effective_rank": ranks[0],
         "effective_rank": ranks[-1],
-        "duration_s": int((folder / "duration_s").read_text()),
+        "duration_s": round(float((folder / "duration_s").read_text())),
     }
 
 

@@ -32,7 +32,8 @@ TRAINING, WARMUP, EVALUATION, EPOCHS = "s of training", "s of warm-up", "s of ev
 LOOP = ("training", "waiting_for_data", "checkpoints")
 EVALUATED = ("probes",)
 AFTERWARDS = ("report",)
-"""Parts of a run's time in machine.json; what is none of these comes before the second step."""
+"""Parts of a run's time in machine.json. What of the command's time is none of these is warm-up: imports, compilation, the first
+step."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,18 @@ def reached(history: Sequence[Mapping[str, Any]], score: str, target: float) -> 
 
 
 def account(
-    seconds: Mapping[str, float], history: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]
+    whole: float, seconds: Mapping[str, float], history: Sequence[Mapping[str, Any]], entry: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Seconds of each kind until `entry` of a run's probes, whose whole took `seconds`: steps and probes at their mean times."""
+    """Seconds of each kind until `entry` of a run's probes: steps and probes at their mean times.
+
+    The command took `whole` seconds, and of these the run knows the parts `seconds`.
+    """
     total_steps = history[-1]["step"]
     probes = sum(1 for other in history if other["step"] <= entry["step"])
     known = {*LOOP, *EVALUATED, *AFTERWARDS}
     return {
         TRAINING: sum(seconds.get(part, 0.0) for part in LOOP) * entry["step"] / total_steps,
-        WARMUP: sum(took for part, took in seconds.items() if part not in known),
+        WARMUP: whole - sum(took for part, took in seconds.items() if part in known),
         EVALUATION: sum(seconds.get(part, 0.0) for part in EVALUATED) * probes / len(history),
         EPOCHS: float(entry["epoch"]),
     }
@@ -126,14 +130,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 known = f"commit {machine.get('commit', 'unknown')}, {machine.get('gpu', machine['cpu'])}"
                 record.leave_out(f"another run of {recipe} with seed {seed}", f"{folder.name} is there, of {known}")
             history = json.loads((folder / "probe.json").read_text())["history"]
-            record.details[f"{recipe}-{seed}"] = {"seconds": seconds, "history": history}
+            whole = float((folder / "duration_s").read_text())
+            record.details[f"{recipe}-{seed}"] = {"whole": whole, "seconds": seconds, "history": history}
             for name, (score, target) in targets.items():
                 entry = reached(history, score, target)
                 if entry is None:
                     best = max(other[score] for other in history)
                     record.leave_out(f"{recipe} with seed {seed} until {name}", f"its best was {best:.3f}")
                 else:
-                    found[name].append(account(seconds, history, entry))
+                    found[name].append(account(whole, seconds, history, entry))
         for name, accounts in found.items():
             for metric in accounts[0] if accounts else ():
                 record.add(recipe, name, metric, [one[metric] for one in accounts])

@@ -174,7 +174,7 @@ def test_a_record_has_every_repetition_and_all_that_is_needed_to_judge_it(
         ("ours", "GB", [1.5], "measured"),
         ("a T4", "images/s", [900.0] * 3, "projected"),
     ]
-    assert found["command"] == f"python -m benchmarks.example --out {folder} --size 8"
+    assert found["command"] == "python -m benchmarks.example --size 8"
     assert found["settings"] == {"size": 8, "data": "some.beton", "rounds": 5, "minutes": 0.0}
     assert found["details"] == {"more": {"a": 1}}
     assert found["left_out"] == ["the rest is left out: there was no time"]
@@ -312,9 +312,11 @@ def test_time_to_accuracy_accounts_for_warm_up_training_and_evaluation() -> None
         "checkpoints": 4.0,
         "probes": 8.0,
     }
-    assert time_to_accuracy.account({**seconds, "report": 9.0}, history, history[1]) == {
+    assert time_to_accuracy.account(
+        sum(seconds.values()) + 9.0 + 2.5, {**seconds, "report": 9.0}, history, history[1]
+    ) == {
         time_to_accuracy.TRAINING: 20.0,
-        time_to_accuracy.WARMUP: 5.0,
+        time_to_accuracy.WARMUP: 7.5,
         time_to_accuracy.EVALUATION: 4.0,
         time_to_accuracy.EPOCHS: 2.0,
     }
@@ -337,7 +339,7 @@ def test_all_puts_records_on_one_page_and_says_what_is_left_out(
     def stand_in(words: Sequence[str], output: Path, limit_s: float, environment: Mapping[str, str]) -> int | None:
         output.write_text("said this\n")
         name, folder = words[2].removeprefix("benchmarks."), Path(words[-1])
-        assert 0 < float(words[words.index("--minutes") + 1]) < 9
+        assert 0 < float(words[words.index("--minutes") + 1]) < 7
         assert environment["CUDA_VISIBLE_DEVICES"] == "", "asked for processors"
         if name == "loss":
             return 1
@@ -353,7 +355,7 @@ def test_all_puts_records_on_one_page_and_says_what_is_left_out(
         return 0
 
     monkeypatch.setattr(everything, "run", stand_in)
-    everything.main(["--minutes", "9", "--device", "cpu", "--out", str(tmp_path)])
+    everything.main(["--minutes", "7", "--device", "cpu", "--out", str(tmp_path)])
     page, found = (tmp_path / "README.md").read_text(), json.loads((tmp_path / "all.json").read_text())
     links = re.findall(r"\]\((.*?)\)", page)
     assert links == ["augment/speed.png", "step/speed.png", "loader/speed.png"]
@@ -364,7 +366,7 @@ def test_all_puts_records_on_one_page_and_says_what_is_left_out(
     ]
     assert found["versions"]["peer of step"] == "1.0"
     assert set(found["left_out"]) == {
-        "time_to_accuracy is left out: it takes at least 600 s, more than its share of 9 min",
+        "time_to_accuracy is left out: it takes at least 80 s, more than its share of 7 min",
         "loss is left out: it failed: said this",
         "scaling is left out: it took longer than its share",
         *(f"{name}: the rest is left out: there was no time" for name in ("augment", "step", "loader")),
