@@ -47,9 +47,7 @@ from dist_contrastive.data.format import TEST, TRAIN
 from dist_contrastive.data.resident import loader_of
 from dist_contrastive.evaluation.features import extract
 from dist_contrastive.evaluation.linear import LogisticFit, fit_logistic, standard_of
-from dist_contrastive.probe import read_config
-from dist_contrastive.score import finished_encoder
-from dist_contrastive.trainer import build_method
+from dist_contrastive.run_folder.trained import open_run
 
 QUESTION = "does the linear probe find scikit-learn's optimum, and how fast?"
 SECONDS, GAP, POINTS = "s", "objective above the optimum's, parts of a million", "accuracy less the optimum's, points"
@@ -130,20 +128,20 @@ def synthetic(size: str, kind: str) -> Problem:
 
 def of_run(run: Path) -> list[Problem]:
     """The features that the encoder of a finished run, and the same untrained, have of its dataset."""
-    trained = finished_encoder(run)
-    config = read_config(run)
+    trained = open_run(run)
+    config = trained.config
     dataset = open_dataset(config.data.path)
     # Of two classes scikit-learn's objective is another one: it weighs the difference of their weights.
     require(len(dataset.manifest.classes) > 2, f"--run {run}: its dataset has less than three classes")
     cpu = torch.device("cpu")
-    encoder = build_method(config).exported
+    encoder = trained.untrained().exported
     splits = [dataset.indices(split) for split in (TRAIN, TEST)]
     labels = [torch.from_numpy(dataset.labels[indices]) for indices in splits]
     problems = []
     with loader_of(config, dataset, Share(config.batch.size), cpu) as loader:
         for kind in ("untrained", "trained"):
             if kind == "trained":
-                load_module(encoder, trained.tensors)
+                load_module(encoder.body, trained.tensors("encoder"))
             (train_x, test_x) = (extract(encoder, loader, indices, cpu) for indices in splits)
             name = f"{run.name}: {len(train_x):,} × {train_x.shape[1]}, {len(dataset.manifest.classes)} classes, {kind}"
             problems.append(Problem(name, train_x, labels[0], test_x, labels[1]))

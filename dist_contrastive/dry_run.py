@@ -19,7 +19,7 @@ from dist_contrastive.data.format import TRAIN, Manifest, find_manifest
 from dist_contrastive.launch import BACKENDS, connect
 from dist_contrastive.methods import method_of
 from dist_contrastive.optim import peak_learning_rate
-from dist_contrastive.run_folder import start_of
+from dist_contrastive.run_folder.folder import start_of
 from dist_contrastive.simulate import Precision, Simulation, simulate
 from dist_contrastive.trainer import Trainer
 from dist_contrastive.trial import fewest_samples

@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from dist_contrastive.atomic import write_atomic, writing
+from dist_contrastive.run_folder.names import METRICS, TENSORBOARD
 
 PROBE_PREFIX = "probe/"
 TENSORBOARD_THREAD = "tensorboard.summary.writer.event_file_writer"
@@ -37,7 +38,7 @@ class MetricsLog:
     def __init__(self, run_dir: Path, step: int, goes_on: Callable[[], str], probed: Collection[int] = ()) -> None:
         """`step` is how many updates the run resumes after (0: fresh), `probed` the steps whose probes it remembers, and
         `goes_on` says how the run goes on after a failure (`atomic.writing`)."""
-        self._path, self._tensorboard_path, self._goes_on = run_dir / "metrics.jsonl", run_dir / "tensorboard", goes_on
+        self._path, self._tensorboard_path, self._goes_on = run_dir / METRICS, run_dir / TENSORBOARD, goes_on
         with writing(self._path, goes_on):
             # What comes after the checkpoint is done again: its lines go, so that nothing stands in the file twice. The last
             # epoch's probe follows the checkpoint of its own step.

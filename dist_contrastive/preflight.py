@@ -17,7 +17,7 @@ from dist_contrastive.config import LaunchConfig, TrainConfig, UserError, requir
 from dist_contrastive.data.format import Manifest, find_manifest
 from dist_contrastive.methods import method_of
 from dist_contrastive.rendezvous import Peer, in_ranges
-from dist_contrastive.run_folder import start_of
+from dist_contrastive.run_folder.folder import start_of
 
 ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 AMPERE = 8

@@ -7,7 +7,6 @@ What training measured (`probe.json`) stays as it is: the scores go to a file of
     python -m dist_contrastive.probe runs/photos --data data/cifar10.beton --device cpu
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from typing import Annotated, Literal
 import tyro
 
 from dist_contrastive import cli
-from dist_contrastive.config import MethodConfig, TrainConfig, UserError, from_dict, require
-from dist_contrastive.methods import METHODS
 
 PROG = "python -m dist_contrastive.probe"
 
@@ -36,30 +33,12 @@ class ProbeCommand:
     """auto takes a GPU where there is one."""
 
 
-def read_config(run: Path) -> TrainConfig:
-    """The config of a run's folder; `UserError` where there is none that this version reads."""
-    path = run / "config.json"
-    require(path.is_file(), f"{run} is no run's folder: it has no config.json")
-    try:
-        data = json.loads(path.read_bytes())
-        name = data["method"]["name"]
-        require(name in METHODS, f"{path} names method {name}; this version has {', '.join(METHODS)}")
-        method: type[MethodConfig] = METHODS[name].Config
-        config: TrainConfig = from_dict(TrainConfig, data, method)
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a config that training wrote ({error})") from error
-    return config
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     command = cli.parse(ProbeCommand, argv, prog=PROG, about=__doc__)
-    config = read_config(command.run)
 
     from dist_contrastive.score import probe
 
-    probe(command.run, config, checkpoint=command.checkpoint, data=command.data, device_name=command.device)
+    probe(command.run, checkpoint=command.checkpoint, data=command.data, device_name=command.device)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,20 @@ from dist_contrastive.methods import Method
 from dist_contrastive.methods.image_text import ImageText
 from dist_contrastive.metrics import MetricsLog, StepTimer, TimeSplit
 from dist_contrastive.progress import TrainingProgress, describe_scores, print_scores
-from dist_contrastive.run_folder import RunFolder
+from dist_contrastive.run_folder.folder import RunFolder
+from dist_contrastive.run_folder.names import (
+    CONFIG,
+    DONE,
+    ENCODER,
+    MACHINE,
+    METRICS,
+    PLOTS,
+    PROBE,
+    PROJECTOR,
+    REPORT,
+    TEXT,
+    TOKENIZER,
+)
 from dist_contrastive.signals import Stopped
 from dist_contrastive.trainer import StepReport, Trainer, build_method
 from dist_contrastive.trial import fewest_samples
@@ -193,14 +206,14 @@ class Run:
         if checkpoint:
             notes.append(trainer.normalization_change(checkpoint.state["ranks"], checkpoint.state["micro"]))
         self.saved_step = trainer.step
-        self.write("config.json", lambda folder: folder.claim(self.config))
+        self.write(CONFIG, lambda folder: folder.claim(self.config))
         ranks, step = distributed.world_size(), trainer.step
         self.write(
             "status.json", lambda folder: folder.status.begin(step=step, total_steps=trainer.total_steps, ranks=ranks)
         )
         if self.folder:
             liveness.tell_faults(self._on_fault)
-        self.write("metrics.jsonl", self._open_metrics)
+        self.write(METRICS, self._open_metrics)
         self.write_machine()
         self._introduce(start)
         for note in filter(None, notes):
@@ -405,11 +418,11 @@ class Run:
         self.scores["history"] = [*earlier, {"epoch": epochs_done, "step": self.trainer.step, **result}]
 
         def write(folder: RunFolder) -> None:
-            folder.write_json("probe.json", self.summary())
+            folder.write_json(PROBE, self.summary())
             if self.metrics:
                 self.metrics.write_probe(self.trainer.step, max(0, epochs_done - 1), result)
 
-        self.write("probe.json", write)
+        self.write(PROBE, write)
         self.progress.say(f"probe after epoch {epochs_done}: {describe_scores(result)}")
         self.times.lap("probes")
 
@@ -461,7 +474,7 @@ class Run:
     def write_machine(self) -> None:
         """Write machine.json: what the run runs on, when it was started, and where its time went so far."""
         machine = {**self.machine, "starts": self.starts, "seconds": self.times.seconds}
-        self.write("machine.json", lambda folder: folder.write_json("machine.json", machine))
+        self.write(MACHINE, lambda folder: folder.write_json(MACHINE, machine))
 
     def conclude(self) -> None:
         """The last probe, the encoder for others to use, the report, and DONE."""
@@ -494,32 +507,29 @@ class Run:
             "step": str(trainer.step),
             "dataset_sha256": self.dataset.manifest.identity,
         }
-        encoder, projector = "encoder.safetensors", "projector.safetensors"
-        self.write(encoder, lambda folder: save_module(folder.path / encoder, trainer.method.exported, text))
-        self.write(
-            projector, lambda folder: save_module(folder.path / projector, trainer.method.exported_projector, text)
-        )
-        if isinstance(trainer.method, ImageText):
-            captions, tower = self.dataset.captions, trainer.method.text_tower
+        method = trainer.method
+        self.write(ENCODER, lambda folder: save_module(folder.path / ENCODER, method.exported.body, text))
+        self.write(PROJECTOR, lambda folder: save_module(folder.path / PROJECTOR, method.exported_projector, text))
+        if isinstance(method, ImageText):
+            captions, tower = self.dataset.captions, method.text_tower
             assert captions is not None, "a text tower learns from captions"
-            name, tokenizer = "text.safetensors", "tokenizer.json"
-            self.write(name, lambda folder: save_module(folder.path / name, tower, text))
-            self.write(tokenizer, lambda folder: write_atomic(folder.path / tokenizer, captions.tokenizer_json))
+            self.write(TEXT, lambda folder: save_module(folder.path / TEXT, tower, text))
+            self.write(TOKENIZER, lambda folder: write_atomic(folder.path / TOKENIZER, captions.tokenizer_json))
 
         def write(folder: RunFolder) -> None:
             if report and self.metrics:
                 with liveness.busy("draws the report"):
                     page = write_report(report)
-                self.metrics.conclude(trainer.step, flatten(report.config), page.parent / "plots")
+                self.metrics.conclude(trainer.step, flatten(report.config), page.parent / PLOTS)
 
-        self.write("report.html", write)
+        self.write(REPORT, write)
         self.flush()
         self.times.lap("report")
         self.write_machine()
-        self.write("DONE", lambda folder: folder.finish())
+        self.write(DONE, lambda folder: folder.finish())
         if report and report.probe:
             print_scores(report.probe)
-        self.progress.say(f"report: {config.run_dir / 'report.html'}\nDONE in {self.times.total:.0f} s")
+        self.progress.say(f"report: {config.run_dir / REPORT}\nDONE in {self.times.total:.0f} s")
 
     def close(self) -> None:
         """Bring to disk what is on its way there; however the run ended, its last steps are what one wants to keep and see."""

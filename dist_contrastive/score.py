@@ -9,77 +9,32 @@ weights were trained on, wherever it lies.
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from dist_contrastive.atomic import write_atomic, writing
 from dist_contrastive.batch import Share, steps_per_epoch
-from dist_contrastive.checkpoint import CheckpointStore, Tensors, load_module
-from dist_contrastive.config import TrainConfig, UserError, require
+from dist_contrastive.checkpoint import load_module
+from dist_contrastive.config import require
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.compiled import announced_compilation
 from dist_contrastive.data.resident import loader_of
 from dist_contrastive.evaluation.protocol import ProbeRunner
 from dist_contrastive.progress import print_scores
-from dist_contrastive.trainer import build_method
+from dist_contrastive.run_folder.names import PROBE, PROBES
+from dist_contrastive.run_folder.trained import TrainedRun, open_run
 
 SUM_DIGITS = 12
 """Of a dataset's SHA-256, how many name a file."""
 
 
-@dataclass(frozen=True)
-class TrainedEncoder:
-    """The encoder of a run as a file has it."""
-
-    tensors: Tensors
-    step: int
-    """After how many updates."""
-    dataset_sha256: str
-    """Of the dataset that it was trained on."""
-
-
-def finished_encoder(run: Path) -> TrainedEncoder:
-    """The encoder of a finished run; `UserError` where there is none."""
-    path = run / "encoder.safetensors"
-    steps = CheckpointStore(run / "checkpoints", keep=2).steps()
-    hint = f"; --checkpoint {steps[-1]} scores its newest checkpoint" if steps else ""
-    require((run / "DONE").exists() and path.is_file(), f"{run} holds no finished run{hint}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            noted = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}){hint}") from error
-    require(
-        {"step", "dataset_sha256"} <= noted.keys(),
-        f"{path} does not say on which dataset it was trained: an earlier version wrote it{hint}",
-    )
-    return TrainedEncoder(tensors, int(noted["step"]), noted["dataset_sha256"])
-
-
-def checkpoints_encoder(run: Path, config: TrainConfig, step: int) -> TrainedEncoder:
-    """The encoder to use in the checkpoint of `step` of a run of `config`; `UserError` where there is none that verifies."""
-    checkpoint = CheckpointStore(run / "checkpoints", keep=2).load(step)
-    with torch.device("meta"):
-        method = build_method(config)
-    prefix = next(f"{name}." for name, module in method.named_modules() if module is method.exported)
-    model = checkpoint.tensors["model"]
-    tensors = {name.removeprefix(prefix): t for name, t in model.items() if name.startswith(prefix)}
-    return TrainedEncoder(tensors, step, checkpoint.state["dataset_sha256"])
-
-
-def probe(
-    run: Path, config: TrainConfig, *, checkpoint: int | None, data: Path | None, device_name: str
-) -> dict[str, Any]:
-    """Score the encoder of the run in folder `run`, write the scores there and return them.
-
-    `config` is the run's; the options are those of the command.
-    """
-    trained = finished_encoder(run) if checkpoint is None else checkpoints_encoder(run, config, checkpoint)
+def probe(run: Path, *, checkpoint: int | None, data: Path | None, device_name: str) -> dict[str, Any]:
+    """Score the encoder of the run in folder `run`, write the scores there and return them; the options are the command's."""
+    trained = open_run(run, checkpoint=checkpoint)
+    config = trained.config
     require(device_name != "cuda" or torch.cuda.is_available(), "--device cuda: torch sees no CUDA device here")
     device = torch.device("cuda" if device_name != "cpu" and torch.cuda.is_available() else "cpu")
     dataset = open_dataset(data or config.data.path)
@@ -93,19 +48,19 @@ def probe(
         f"{dataset.path} is no longer the dataset that {run} was trained on (its SHA-256 differs): --data PATH names where "
         f"that lies now; --data {dataset.path} scores on this one, as a transfer",
     )
-    encoder = build_method(config).exported.to(device)
+    encoder = trained.untrained().exported.to(device)
     read = replace(config, data=replace(config.data, resident=False))  # each image is seen once
     with announced_compilation(print), loader_of(read, dataset, Share(config.batch.size), device) as loader:
         # A k that was given was given for the run's own classes.
         settings = replace(config.probe, knn_k=0) if transfers else config.probe
         runner = ProbeRunner(loader, probe=settings, device=device)
-        baselines = runner.baselines(encoder)  # not trained yet: its weights are a function of the config
-        load_module(encoder, trained.tensors)
+        baselines = runner.baselines(encoder)  # not trained yet
+        load_module(encoder.body, trained.tensors("encoder"))
         entry: dict[str, Any] = {"step": trained.step, **runner.score(encoder)}
     if not transfers:
         entry = {"epoch": trained.step / steps_per_epoch(dataset.manifest.num_train, config.batch.size), **entry}
-    is_result = checkpoint is None and not transfers and not (run / "probe.json").exists()
-    path = run / ("probe.json" if is_result else f"probes/{_name(trained, dataset, checkpoint, transfers)}.json")
+    is_result = checkpoint is None and not transfers and not (run / PROBE).exists()
+    path = run / (PROBE if is_result else f"{PROBES}/{_name(trained, dataset, checkpoint, transfers)}.json")
     if is_result:
         scores = runner.summary(baselines, [entry])
     else:
@@ -118,7 +73,7 @@ def probe(
     return scores
 
 
-def _name(trained: TrainedEncoder, dataset: Dataset, checkpoint: int | None, transfers: bool) -> str:
+def _name(trained: TrainedRun, dataset: Dataset, checkpoint: int | None, transfers: bool) -> str:
     """The name, without ending, of the file in `probes/`."""
     parts = []
     if transfers:

@@ -18,7 +18,7 @@ from typing import Annotated
 import tyro
 
 from dist_contrastive import cli
-from dist_contrastive.run_status import RunStatus, read_status
+from dist_contrastive.run_folder.status import RunStatus, read_status
 
 PROG = "python -m dist_contrastive.status"
 EXIT_STATUS = {"done": 0, "stopped": cli.EXIT_STOPPED}

@@ -14,11 +14,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from dist_contrastive.checkpoint import CheckpointStore, Tensors
+from dist_contrastive.checkpoint import Tensors
 from dist_contrastive.config import EncoderConfig, UserError, require
 from dist_contrastive.methods import Method
 from dist_contrastive.methods.image_text import ImageText
 from dist_contrastive.models.teacher import Teacher
+from dist_contrastive.run_folder.names import CHECKPOINTS
+from dist_contrastive.run_folder.trained import open_run
 
 MAX_NAMED = 3
 """How many names of a kind a message lists."""
@@ -49,29 +51,20 @@ def read_weights(source: Path) -> Weights:
     if not source.is_dir():
         data = _read(source)
         return Weights(source, dict(_flatten(_parse(source, data))), None, (_sha256(data),))
-    if (source / "DONE").exists():
-        files = [source / name for name in ("encoder.safetensors", "projector.safetensors")]
-        contents = [_read(path) for path in files]
-        encoder, projector = (_parse(path, data) for path, data in zip(files, contents, strict=True))
-        return Weights(source, encoder, projector, tuple(map(_sha256, contents)))
-    name = source.name.removeprefix("step-")
-    if name.isdecimal():
-        checkpoint = CheckpointStore(source.absolute().parent, keep=2).load(int(name))
-    else:
-        newest = CheckpointStore(source / "checkpoints", keep=2).newest()
-        require(
-            newest is not None,
-            f"--from {source}: neither a finished run nor one with a checkpoint; give a run's folder, one of its checkpoints, or "
-            "a file of weights",
+    is_checkpoint = source.name.removeprefix("step-").isdecimal() and source.absolute().parent.name == CHECKPOINTS
+    try:
+        run = (
+            open_run(source.absolute().parents[1], checkpoint=int(source.name.removeprefix("step-")))
+            if is_checkpoint
+            else open_run(source, or_newest=True)
         )
-        assert newest is not None
-        checkpoint = newest
-    parts: dict[str, Tensors] = {"encoder": {}, "projector": {}}
-    for name, tensor in checkpoint.tensors["model"].items():
-        part, _, rest = name.partition(".")
-        if part in parts:
-            parts[part][rest] = tensor
-    return Weights(checkpoint.path, parts["encoder"], parts["projector"], (checkpoint.sha256["model.safetensors"],))
+        encoder, projector = (dict(run.tensors(part)) for part in ("encoder", "projector"))
+        sums = tuple(dict.fromkeys(run.sha256(part) for part in ("encoder", "projector")))
+    except UserError as error:
+        raise UserError(
+            f"--from {source}: {error}; give a run's folder, one of its checkpoints, or a file of weights"
+        ) from error
+    return Weights(run.source, encoder, projector, sums)
 
 
 def _read(path: Path) -> bytes:

@@ -14,8 +14,9 @@ from torchvision.transforms.v2 import functional as F
 from dist_contrastive import rng
 from dist_contrastive.batch import Batch, Samples
 from dist_contrastive.config import AugmentConfig, ViewConfig
-from dist_contrastive.data.augment import Augment, cpu, to_displayable, to_normalized
+from dist_contrastive.data.augment import Augment, cpu
 from dist_contrastive.data.augment.draws import NEVER, NUM_DRAWS, Draw, Drawer, blur_size
+from dist_contrastive.data.eval_view import EvalView
 from dist_contrastive.rng import Stream
 
 CPU = torch.device("cpu")
@@ -60,6 +61,10 @@ def part(batch: Batch, chosen: Any) -> Batch:
 
 def each(images: Tensor, parameters: Tensor, operation: Callable[[Tensor, float], Tensor]) -> Tensor:
     return torch.stack([operation(image, p.item()) for image, p in zip(images, parameters, strict=True)])
+
+
+def view_of(config: AugmentConfig) -> EvalView:
+    return EvalView(8, 1.0, config.mean, config.std)
 
 
 def assert_within_a_level(found: Tensor, expected: Tensor) -> None:
@@ -172,7 +177,7 @@ def test_solarize_is_torchvisions(side, threshold):
 
 def test_evaluation_normalizes_as_training_does():
     batch = random_batch(6, 8)
-    views = to_normalized(batch.views[0], OFF, CPU)
+    views = view_of(OFF).normalized(batch.views[0], CPU)
     assert views.shape == (2, 6, 3, 8, 8)
     torch.testing.assert_close(views, augmented(OFF, batch, seed=0).views[0])
     expected = F.normalize(batch.views[0].movedim(-1, -3) / 255, list(OFF.mean), list(OFF.std))
@@ -181,10 +186,10 @@ def test_evaluation_normalizes_as_training_does():
 
 def test_displayable_views_are_the_pictures_again():
     batch = random_batch(6, 8)
-    assert torch.equal(to_displayable(to_normalized(batch.views[0], ALL, CPU), ALL), batch.views[0])
-    assert torch.equal(to_displayable(augmented(OFF, batch, seed=0).views[0], OFF), batch.views[0])
+    assert torch.equal(view_of(ALL).displayable(view_of(ALL).normalized(batch.views[0], CPU)), batch.views[0])
+    assert torch.equal(view_of(OFF).displayable(augmented(OFF, batch, seed=0).views[0]), batch.views[0])
     beyond = torch.tensor([-9.0, 9.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
-    assert to_displayable(beyond, ALL).flatten().tolist() == [0, 0, 0, 255, 255, 255]
+    assert view_of(ALL).displayable(beyond).flatten().tolist() == [0, 0, 0, 255, 255, 255]
 
 
 # The whole chain
@@ -300,7 +305,7 @@ def test_a_jitter_of_one_strength_changes_that_alone(strength):
                 views[view, position], reference_view(batch.views[0][view, position], config, key, view)
             )
     without = augmented(configured(OFF, jitter=1.0, **zeros, **PLAIN), batch, seed=1).views[0]
-    assert_within_a_level(without, to_normalized(batch.views[0], config, CPU))
+    assert_within_a_level(without, view_of(config).normalized(batch.views[0], CPU))
 
 
 # Randomness
@@ -373,7 +378,7 @@ def test_probabilities_hold_for_each_view(name):
     image = torch.tensor([[[10, 60, 200], [90, 20, 30]], [[250, 140, 70], [5, 180, 110]]], dtype=torch.uint8)
     views = image.expand(4, num, 2, 2, 3).contiguous()
     batch = Batch((views,), Samples(torch.zeros(num, dtype=torch.int64), torch.arange(num), epoch=0))
-    before = to_normalized(views, config, CPU)
+    before = view_of(config).normalized(views, CPU)
     changed = (augmented(config, batch, seed=0).views[0] - before).abs().flatten(2).amax(-1) > 1e-3
     for view, probability in enumerate(wanted):
         tolerance = 5 * math.sqrt(probability * (1 - probability) / num)

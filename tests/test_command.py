@@ -18,9 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dist_contrastive import cli, preflight
 from dist_contrastive.config import UserError
 from dist_contrastive.metrics import read_metrics
-from dist_contrastive.probe import read_config
 from dist_contrastive.report import PLOT_NAMES
 from dist_contrastive.run import train
+from dist_contrastive.run_folder.trained import read_config
 from dist_contrastive.train import parse
 from tests.harness import run_ranks
 from tests.runs import NUM_TEST, NUM_TRAIN, STEPS_PER_EPOCH, newest_checkpoint, write_dataset

@@ -21,7 +21,7 @@ from dist_contrastive.checkpoint import CheckpointStore, store, tensor_file
 from dist_contrastive.config import CheckpointConfig, TrainConfig
 from dist_contrastive.metrics import read_metrics
 from dist_contrastive.run import train
-from dist_contrastive.run_folder import RunFolder
+from dist_contrastive.run_folder.folder import RunFolder
 from dist_contrastive.trainer import Trainer
 from tests.harness import RankError, run_ranks
 from tests.runs import (

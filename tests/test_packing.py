@@ -20,7 +20,8 @@ from dist_contrastive.cli import parse
 from dist_contrastive.config import DataConfig, UserError
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import NO_LABEL, TEST, TRAIN, manifest_path
-from dist_contrastive.data.packing import BadImageError, read_rgb, write_dataset
+from dist_contrastive.data.packing import write_dataset
+from dist_contrastive.data.pictures import BadImageError, read_rgb
 from dist_contrastive.data.sources import Sample, Source, open_source
 from dist_contrastive.pack import PackConfig, main
 from tests.betons import open_loader, picture

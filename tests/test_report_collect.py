@@ -14,6 +14,7 @@ from dist_contrastive.config import EncoderConfig, TrainConfig
 from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.format import TEST
 from dist_contrastive.data.resident import loader_of
+from dist_contrastive.methods.clip import CLIP
 from dist_contrastive.models.attention import last_attention
 from dist_contrastive.models.base import Encoder
 from dist_contrastive.report import collect as module
@@ -141,7 +142,7 @@ def test_towers_that_know_every_caption_find_each_images_own_first(
     indices = dataset.indices(TEST)
     owners = {text: place for place, index in enumerate(indices) for text in dataset.captions.texts(int(index))}
     eye = torch.eye(len(indices))
-    monkeypatch.setattr(module, "embed_images", lambda method, features: eye)
+    monkeypatch.setattr(CLIP, "embeddings", lambda self, features: eye)
     monkeypatch.setattr(
         module, "embed_texts", lambda method, captions, texts, device: eye[[owners[text] for text in texts]]
     )

@@ -13,7 +13,8 @@ import pytest
 
 from dist_contrastive.config import TrainConfig, UserError, to_dict
 from dist_contrastive.recipes import RECIPES
-from dist_contrastive.run_folder import OWN_NAMES, RunFolder
+from dist_contrastive.run_folder.folder import RunFolder
+from dist_contrastive.run_folder.names import OWN_NAMES
 from tests.harness import run_ranks
 
 CONFIG = RECIPES["photos"]()

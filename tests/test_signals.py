@@ -13,7 +13,7 @@ import pytest
 
 from dist_contrastive import cli, distributed, signals
 from dist_contrastive.checkpoint import CheckpointStore
-from dist_contrastive.run_status import read_status
+from dist_contrastive.run_folder.status import read_status
 from tests.harness import run_ranks
 from tests.runs import STEPS_PER_EPOCH, assert_same_state, metrics_of, newest_checkpoint, write_dataset
 from tests.test_command import TIMEOUT_S

@@ -17,8 +17,8 @@ from dist_contrastive import processes
 from dist_contrastive.batch import Batch
 from dist_contrastive.config import UserError
 from dist_contrastive.run import train
-from dist_contrastive.run_folder import RunFolder
-from dist_contrastive.run_status import SILENT_S, RunStatus, StatusFile, read_file, read_status
+from dist_contrastive.run_folder.folder import RunFolder
+from dist_contrastive.run_folder.status import SILENT_S, RunStatus, StatusFile, read_file, read_status
 from dist_contrastive.trainer import NonFiniteError, StepReport, Trainer
 from tests.harness import run_ranks
 from tests.runs import STEPS_PER_EPOCH, tiny_config, train_on_rank, write_dataset
@@ -283,7 +283,7 @@ def test_slurms_job_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_steps_are_noted_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dist_contrastive.run_status.BEAT_S", 0.01)
+    monkeypatch.setattr("dist_contrastive.run_folder.status.BEAT_S", 0.01)
     file = StatusFile(tmp_path)
     file.begin(step=0, total_steps=9, ranks=1)
     file.step = 4

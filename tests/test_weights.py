@@ -19,7 +19,7 @@ from torch import Tensor
 from dist_contrastive.config import EncoderConfig, ProbeConfig, TrainConfig, UserError
 from dist_contrastive.methods import Method
 from dist_contrastive.methods.byol import BYOL, BYOLConfig
-from dist_contrastive.probe import read_config
+from dist_contrastive.run_folder.trained import read_config
 from dist_contrastive.trainer import build_method
 from dist_contrastive.weights import read_weights, start_from
 from tests.harness import RankError, run_ranks
@@ -181,7 +181,8 @@ def test_a_run_of_this_package(source: str, finished: TrainConfig, tmp_path: Pat
         "unfinished": tmp_path / "copy",
     }[source]
     if source == "unfinished":
-        shutil.copytree(finished.run_dir / "checkpoints", path / "checkpoints")
+        shutil.copytree(finished.run_dir, path)
+        (path / "DONE").unlink()
     method = build_method(replace(finished, seed=5))
     said = start_from(method, read_weights(path))
     model = newest_checkpoint(finished.run_dir).tensors["model"]

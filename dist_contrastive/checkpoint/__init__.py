@@ -12,7 +12,7 @@ can be read it does not start.
 from dist_contrastive.checkpoint.saver import Saver
 from dist_contrastive.checkpoint.state import load_module, load_optimizer, optimizer_tensors, save_module
 from dist_contrastive.checkpoint.store import FORMAT, Checkpoint, CheckpointStore, Damaged
-from dist_contrastive.checkpoint.tensor_file import Tensors
+from dist_contrastive.checkpoint.tensor_file import Tensors, read_tensors, sha256_of
 
 __all__ = [
     "FORMAT",
@@ -24,5 +24,7 @@ __all__ = [
     "load_module",
     "load_optimizer",
     "optimizer_tensors",
+    "read_tensors",
     "save_module",
+    "sha256_of",
 ]

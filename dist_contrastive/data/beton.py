@@ -82,19 +82,13 @@ def require_ffcv() -> None:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """A packed dataset that was opened and checked. N samples."""
+class Images:
+    """Images as they are stored, one after the other in one piece of memory. N samples."""
 
-    path: Path
-    manifest: Manifest
-    labels: np.ndarray
-    """int64 [N]: a class, or `NO_LABEL` for all"""
-    splits: np.ndarray
-    """int64 [N]: `TRAIN` or `TEST`"""
     file_bytes: np.ndarray
-    """uint8 [file size], read-only: the mapped file"""
+    """uint8, read-only: the mapped file, if they are those of one"""
     pointers: np.ndarray
-    """int64 [N]: where in the file each sample's image starts"""
+    """int64 [N]: where in it each sample's image starts"""
     sizes: np.ndarray
     """int64 [N]: bytes of each sample's image"""
     is_jpeg: np.ndarray
@@ -103,6 +97,27 @@ class Dataset:
     """int32 [N]"""
     widths: np.ndarray
     """int32 [N]"""
+
+    @classmethod
+    def raw(cls, pictures: Sequence[np.ndarray]) -> "Images":
+        """Of N `pictures` uint8 [h, w, 3]; N is at least 1."""
+        stored = np.concatenate([np.ascontiguousarray(picture).reshape(-1) for picture in pictures])
+        stored.flags.writeable = False  # as a file is: compiled code knows one kind
+        heights, widths = (np.array([picture.shape[axis] for picture in pictures], np.int32) for axis in (0, 1))
+        sizes = 3 * heights.astype(np.int64) * widths
+        return cls(stored, np.cumsum(sizes) - sizes, sizes, np.zeros(len(sizes), np.uint8), heights, widths)
+
+
+@dataclass(frozen=True)
+class Dataset(Images):
+    """A packed dataset that was opened and checked."""
+
+    path: Path
+    manifest: Manifest
+    labels: np.ndarray
+    """int64 [N]: a class, or `NO_LABEL` for all"""
+    splits: np.ndarray
+    """int64 [N]: `TRAIN` or `TEST`"""
     captions: Captions | None = None
     """None where the images have none."""
 

@@ -15,7 +15,7 @@ from numba import extending, types
 
 from dist_contrastive import rng
 from dist_contrastive.config import AugmentConfig
-from dist_contrastive.data.beton import TURBOJPEG_DECODE, Dataset
+from dist_contrastive.data.beton import TURBOJPEG_DECODE, Images
 from dist_contrastive.data.compiled import cached
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
@@ -36,15 +36,15 @@ class Scratch(NamedTuple):
     lines: np.ndarray  # float32 [S + 2, 3S]: rows that were resized to S columns
 
 
-def make_scratch(dataset: Dataset, sides: Sequence[int], pixels: np.ndarray | None = None) -> Scratch:
-    """For views of `sides` pixels a side; `pixels` are those of another scratch for the same dataset, if there is one."""
+def make_scratch(images: Images, sides: Sequence[int], pixels: np.ndarray | None = None) -> Scratch:
+    """For views of `sides` pixels a side; `pixels` are those of another scratch for the same images, if there is one."""
     if pixels is None:
-        jpegs = dataset.is_jpeg != 0
-        areas = dataset.heights[jpegs].astype(np.int64) * dataset.widths[jpegs]
+        jpegs = images.is_jpeg != 0
+        areas = images.heights[jpegs].astype(np.int64) * images.widths[jpegs]
         pixels = np.zeros(3 * int(areas.max(initial=0)), np.uint8)
-    widest = int(dataset.widths.max())
+    widest = int(images.widths.max())
     size = max(sides)
-    taps = 2 * math.ceil(max(widest, int(dataset.heights.max())) / min(sides)) + 2
+    taps = 2 * math.ceil(max(widest, int(images.heights.max())) / min(sides)) + 2
     return Scratch(
         pixels=pixels,
         first_row=np.zeros(size, np.uint32),
@@ -295,7 +295,7 @@ def _draw_boxes(seed, epoch, samples, heights, widths, scale, ratio, boxes):
                 box[0], box[1], box[2], box[3] = (height - h) // 2, (width - w) // 2, h, w
 
 
-def random_boxes(dataset: Dataset, augment: AugmentConfig, samples: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+def random_boxes(images: Images, augment: AugmentConfig, samples: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
     """The random crops of `samples` int64 [b] at `epoch`: top, left, height, width in pixels, int64 [V, b, 4].
 
     Area and aspect ratio as torchvision's RandomResizedCrop draws them (Szegedy et al. 2015): up to ten tries, then
@@ -303,7 +303,7 @@ def random_boxes(dataset: Dataset, augment: AugmentConfig, samples: np.ndarray, 
     """
     scale, ratio = _limits(augment)
     boxes = np.empty((len(scale), len(samples), 4), np.int64)
-    _draw_boxes(seed, epoch, samples, dataset.heights, dataset.widths, scale, ratio, boxes)
+    _draw_boxes(seed, epoch, samples, images.heights, images.widths, scale, ratio, boxes)
     return boxes
 
 
@@ -313,10 +313,3 @@ def _limits(augment: AugmentConfig) -> tuple[np.ndarray, np.ndarray]:
     views = [group for group in augment.groups for _ in range(group.count)]
     scale, ratio = [view.crop_scale for view in views], [view.crop_ratio for view in views]
     return np.array(scale, np.float64).reshape(-1, 2), np.array(ratio, np.float64).reshape(-1, 2)
-
-
-def center_boxes(dataset: Dataset, fraction: float, samples: np.ndarray) -> np.ndarray:
-    """The centred square whose side is `fraction` of the shorter side: top, left, height, width, int64 [1, b, 4]."""
-    heights, widths = dataset.heights[samples].astype(np.int64), dataset.widths[samples].astype(np.int64)
-    sides = np.maximum(1, np.rint(fraction * np.minimum(heights, widths))).astype(np.int64)
-    return np.stack([(heights - sides) // 2, (widths - sides) // 2, sides, sides], axis=-1)[None]

@@ -39,7 +39,8 @@ from dist_contrastive.batch import Batch, Samples, Share, steps_per_epoch
 from dist_contrastive.config import AugmentConfig, DataConfig, require
 from dist_contrastive.data.augment.draws import NUM_DRAWS, Drawer
 from dist_contrastive.data.beton import Dataset
-from dist_contrastive.data.crops import Scratch, center_boxes, crop_samples, make_scratch, random_boxes
+from dist_contrastive.data.crops import Scratch, crop_samples, make_scratch, random_boxes
+from dist_contrastive.data.eval_view import EvalView
 from dist_contrastive.data.format import TRAIN
 from dist_contrastive.rendezvous import fair_cores
 
@@ -178,6 +179,7 @@ class Loader:
         are going."""
         assert threads >= 1, "a loader needs a thread"
         self.dataset, self.data, self.augment = dataset, data, augment
+        self.view = EvalView.of(data, augment)
         self.seed, self.share = seed, share
         self.device = device
         self._pin_memory = device.type == "cuda"  # which a GPU reads by itself
@@ -227,11 +229,11 @@ class Loader:
     def centered(self, indices: np.ndarray, *, batch_size: int, image_size: int | None = None) -> "Batches":
         """One un-augmented pass over the samples `indices` int64 [n] in their order; the last batch may be smaller.
 
-        The one view is the centred square of `eval_crop` of the shorter side, resized to `image_size` pixels (without one, the
-        dataset's configured size); an image that needs no resize is copied exactly.
+        The one view is that of evaluation (`EvalView`), or its square resized to `image_size` pixels instead; an image that needs
+        no resize is copied exactly.
         """
-        boxes = partial(center_boxes, self.dataset, self.data.eval_crop)
-        return self._in_order(Crops([(1, image_size or self.data.image_size)], boxes), indices, batch_size)
+        boxes = partial(self.view.boxes, self.dataset)
+        return self._in_order(Crops([(1, image_size or self.view.size)], boxes), indices, batch_size)
 
     def views(self, indices: np.ndarray, *, batch_size: int, augment: AugmentConfig | None = None) -> "Batches":
         """One pass over the samples `indices` int64 [n] in their order, each with the random crops that training would cut in

@@ -1,15 +1,12 @@
 """Writing a source's images into a packed dataset: decode and check each, encode it, write the file whole or not at all.
 
-Every image is decoded in full with Pillow, turned upright (EXIF), and made 8-bit RGB; what can't be decoded is left out
+Every image is decoded in full, upright, as 8-bit RGB (`pictures`); what can't be decoded is left out
 and listed. An image whose longest side is above `max_side` is reduced with antialiasing. Small ones are stored raw,
 where a JPEG would cost quality and save little; the others as a JPEG. So what the loader's decoder meets was
 written here, whatever the source held. The same source gives the same bytes at any number of workers.
 
 Where the source has no test split, a part of each class is held out once it is known which of its files are images: those
 whose paths have the smallest hashes, so that the choice changes neither with the machine nor with other classes.
-
-How colours become RGB: grey is repeated; CMYK is converted as Pillow does, without its colour profile; 16-bit grey is
-scaled to 8 bits (65535 becomes 255); transparency is laid over white. Of an animation the first frame is taken.
 """
 
 import hashlib
@@ -25,13 +22,13 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from dist_contrastive.atomic import sync_folder, write_atomic
 from dist_contrastive.config import UserError, require
 from dist_contrastive.data.beton import PAGE_SIZE, BetonWriter
 from dist_contrastive.data.captions import CaptionOptions, given_tokenizer, write_captions
-from dist_contrastive.data.folders import IMAGE_SUFFIXES, TEST_SHARE
+from dist_contrastive.data.folders import TEST_SHARE
 from dist_contrastive.data.format import (
     MAX_BAD,
     MAX_SIDE,
@@ -43,15 +40,12 @@ from dist_contrastive.data.format import (
     captions_path,
     manifest_path,
 )
-from dist_contrastive.data.pairs import Member
+from dist_contrastive.data.pictures import BadImageError, NotAnImageError, read_rgb
 from dist_contrastive.data.sources import Sample, Source
 from dist_contrastive.data.tokenizing import CaptionTokenizer
 
 MAX_RAW_PIXELS = 64 * 64
 """Images of at most this many pixels (12 KiB) are stored raw."""
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What is tried on a file. Pillow knows more; some (EPS) start other programs."""
 
 CHUNK = 16
 """Images that a thread takes at once."""
@@ -60,14 +54,6 @@ CHUNKS_AHEAD = 3
 DEFAULT_CAPTION_OPTIONS = CaptionOptions()
 NUM_SHOWN = 3
 """Bad images that an error message names."""
-
-
-class BadImageError(Exception):
-    """An image that can't be packed; the text is the reason."""
-
-
-class NotAnImageError(BadImageError):
-    """A file that neither its bytes nor its name call an image, such as a caption: it is passed over and counted."""
 
 
 @dataclass(frozen=True)
@@ -80,56 +66,6 @@ class Encoded:
     width: int
     sums: np.ndarray
     """int64 [3, 2]: each channel's values and their squares summed over the pixels, before JPEG compression."""
-
-
-def read_rgb(path: Path | Member) -> Image.Image:
-    """The image in a file, or in a member of a tar: decoded in full, upright, 8-bit RGB.
-
-    Raises `BadImageError` where it can't be decoded or its pixels have no known range, `NotAnImageError` where the file
-    never was an image.
-    """
-    suffix = PurePosixPath(path.name).suffix.lower()
-    no_image = BadImageError if suffix in IMAGE_SUFFIXES else NotAnImageError
-    try:
-        if (path.size if isinstance(path, Member) else path.stat().st_size) == 0:
-            raise no_image("empty file")
-        # From a file object: what is opened by name is mapped into memory, where Pillow 13 reads an uncompressed TIFF that
-        # lies on its side with width and height exchanged.
-        with path.open("rb") as file, Image.open(file, formats=FORMATS) as opened:
-            file_format = opened.format
-            return to_rgb(ImageOps.exif_transpose(opened), file_format)
-    except BadImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise no_image(f"not an image ({', '.join(FORMATS)})") from error
-    except FileNotFoundError as error:  # a link to nowhere
-        raise no_image(f"unreadable: {error.strerror}") from error
-    except Image.DecompressionBombError as error:
-        raise BadImageError(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from error
-    except Exception as error:  # on damaged bytes Pillow's decoders raise whatever their parsing ran into
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-        raise BadImageError(f"unreadable: {' '.join(reason.split())}") from error
-
-
-def to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
-    """`image` as 8-bit RGB, as the head of this file says; `file_format` is that of its file, which copies forget.
-
-    Raises `BadImageError` where its range is unknown.
-    """
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
-    # Pillow gives 16-bit grey as I;16, or as I where the format knows no wider integers.
-    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
-        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        values[values == image.info.get("transparency")] = 65535  # the one value that a PNG may declare transparent
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise BadImageError("pixels of 32 bits (or with a sign) have no fixed range; convert it to 8 or 16 bits")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
 
 
 def encode(image: Image.Image, *, quality: int, max_side: int) -> Encoded:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_contrastive import distributed, signals
-from dist_contrastive.data.augment import Augment, to_normalized
+from dist_contrastive.data.augment import Augment
 from dist_contrastive.data.loader import Loader
 from dist_contrastive.evaluation.precision import full_precision
 from dist_contrastive.models.base import Encoder
@@ -92,7 +92,7 @@ def extract(encoder: Encoder, loader: Loader, indices: np.ndarray, device: torch
 
     Each rank encodes a contiguous share in fp32 on its `device`, so all ranks must call it with the same samples; batches leave
     the device as they come. Rank 0's host holds them all, once (10.5 GB of ImageNet's 1.28 M images at 2048 features), the others
-    their share. Images are seen as the protocol says: the centred square (`DataConfig.eval_crop`), normalized, nothing random.
+    their share. Images are seen as the protocol says: `EvalView`, nothing random.
     Buffers are rank 0's: where BatchNorm is not synchronised, its running statistics differ between ranks, and rank 0's are the
     model's.
     """
@@ -102,7 +102,7 @@ def extract(encoder: Encoder, loader: Loader, indices: np.ndarray, device: torch
         with frozen(encoder), full_precision(device), loader.centered(share, batch_size=BATCH_SIZE) as batches:
             for batch in batches:
                 signals.give_way()
-                images = to_normalized(batch.views[0][0], loader.augment, device)
+                images = loader.view.normalized(batch.views[0][0], device)
                 keep(encoder(images.contiguous(memory_format=torch.channels_last)))
 
     return _on_main(indices, (encoder.feature_size,), encode)

@@ -55,7 +55,7 @@ class ImageTextRunner:
                 return None
             embed = partial(embed_texts, method, self.captions, device=self.device)
             with liveness.busy("compares images and texts"), frozen(method):
-                images = torch.cat([embed_images(method, piece) for _, piece in chunks(features, self.device)])
+                images = torch.cat([method.embeddings(piece) for _, piece in chunks(features, self.device)])
                 scores = recalls(images, embed(self._texts), self._pairs)
                 if self.dataset.manifest.has_labels:
                     names = [spoken(name) for name in self.dataset.manifest.classes]
@@ -82,11 +82,6 @@ class ImageTextRunner:
             "retrieval_images": len(self._indices),
             "retrieval_captions": len(self._texts),
         }
-
-
-def embed_images(method: ImageText[Any], features: Tensor) -> Tensor:
-    """Embeddings float32 [n, E], of unit length, of images with `features` [n, D] of `method`'s encoder; it is frozen."""
-    return F.normalize(method.projector(features).float(), dim=-1)
 
 
 def embed_texts(method: ImageText[Any], captions: Captions, texts: Sequence[str], device: torch.device) -> Tensor:

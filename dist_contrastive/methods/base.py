@@ -185,6 +185,11 @@ class Method(nn.Module, ABC, Generic[ConfigT]):
         """The projector that is saved beside it."""
         return self.projector
 
+    def embeddings(self, features: Tensor) -> Tensor:
+        """Embeddings float32 [N, E] of features [N, D] of `exported`, for use after training."""
+        embeddings: Tensor = self.exported_projector(features)
+        return embeddings.float()
+
     def predict(self, z: Tensor) -> Tensor:
         """The predictor's output of embeddings [V, B, E], of the same shape, in float32."""
         assert self.predictor, "the config has a predictor"

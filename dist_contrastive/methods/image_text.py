@@ -49,6 +49,9 @@ class ImageText(Method[ImageTextT], Generic[ImageTextT]):
         assert batch.text is not None, "the dataset has captions"
         return {"z": F.normalize(self.project(batch), dim=-1), "text": self.embed_text(batch.text)[None]}
 
+    def embeddings(self, features: Tensor) -> Tensor:
+        return F.normalize(super().embeddings(features), dim=-1)
+
     @property
     def text_tower(self) -> nn.ModuleDict:
         """What maps captions to embeddings."""

@@ -24,6 +24,7 @@ from dist_contrastive.report.images import attention, neighbours, views
 from dist_contrastive.report.inputs import RunReport, Section, failure
 from dist_contrastive.report.page import build_page
 from dist_contrastive.report.style import STYLE
+from dist_contrastive.run_folder.names import PLOTS, REPORT
 
 __all__ = ["PLOT_NAMES", "RunReport", "write_report"]
 
@@ -43,7 +44,7 @@ def write_report(inputs: RunReport) -> Path:
     Pictures of an earlier report go first, so that what lies in `plots/` belongs to this page. Takes about 10 s on two
     cores, of which the map takes a third.
     """
-    plots = inputs.run_dir / "plots"
+    plots = inputs.run_dir / PLOTS
     plots.mkdir(parents=True, exist_ok=True)
     for name in PLOT_NAMES:
         (plots / f"{name}.png").unlink(missing_ok=True)
@@ -62,6 +63,6 @@ def write_report(inputs: RunReport) -> Path:
             if figure is not None:
                 FigureCanvasAgg(figure).print_figure(plots / f"{section.name}.png")
             sections.append(section)
-    page = inputs.run_dir / "report.html"
+    page = inputs.run_dir / REPORT
     write_atomic(page, build_page(inputs, sections, plots).encode())
     return page

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from dist_contrastive import distributed, liveness, rng
-from dist_contrastive.config import AugmentConfig, TrainConfig, to_dict
-from dist_contrastive.data.augment import Augment, to_displayable, to_normalized
+from dist_contrastive.config import TrainConfig, to_dict
+from dist_contrastive.data.augment import Augment
 from dist_contrastive.data.captions import Captions
+from dist_contrastive.data.eval_view import EvalView
 from dist_contrastive.data.format import TEST, TRAIN
 from dist_contrastive.data.loader import Loader
 from dist_contrastive.evaluation.features import extract, frozen
-from dist_contrastive.evaluation.image_text import embed_images, embed_texts
+from dist_contrastive.evaluation.image_text import embed_texts
 from dist_contrastive.losses.statistics import covariance_spectrum
 from dist_contrastive.methods.base import Method
 from dist_contrastive.methods.image_text import ImageText
@@ -32,6 +33,7 @@ from dist_contrastive.report.inputs import (
     failure,
     spread_over_classes,
 )
+from dist_contrastive.run_folder.names import METRICS
 
 MAX_SAMPLES = 5000  # enough for a spectrum and a map, little enough to hold the thumbnails of ImageNet's test images
 THUMBNAIL_SIDE = 64
@@ -86,7 +88,7 @@ def collect_report(
             def attention() -> Attention | None:
                 chosen = spread_over_classes(dataset.labels[indices], NUM_EXAMPLES)
                 images = _images(loader, indices[chosen], config.data.image_size)
-                return attention_of(encoder, untrained, images, config.augment, device)
+                return attention_of(encoder, untrained, images, loader.view, device)
 
             def retrieval() -> Retrieval | None:
                 if not isinstance(method, ImageText) or dataset.captions is None:
@@ -97,7 +99,7 @@ def collect_report(
             return RunReport(
                 run_dir=config.run_dir,
                 config=to_dict(config),
-                metrics=read_metrics(config.run_dir / "metrics.jsonl"),
+                metrics=read_metrics(config.run_dir / METRICS),
                 schedules=schedules,
                 probe=probe,
                 learns_from_labels=config.method.needs_labels,
@@ -123,11 +125,11 @@ def collect_report(
 
 
 def attention_of(
-    encoder: Encoder, untrained: Encoder, images: np.ndarray, augment: AugmentConfig, device: torch.device
+    encoder: Encoder, untrained: Encoder, images: np.ndarray, view: EvalView, device: torch.device
 ) -> Attention | None:
     """Where the class token looks in `images` uint8 [n, S, S, 3], which are normalized as for evaluation; None where there is
     none that attends to patches. What it gives to itself and to registers is left out, so that each head's map sums to 1."""
-    normalized = to_normalized(torch.from_numpy(images), augment, device).contiguous(memory_format=torch.channels_last)
+    normalized = view.normalized(torch.from_numpy(images), device).contiguous(memory_format=torch.channels_last)
     side = 0 if encoder.patch_size is None else encoder.grid(images.shape[1])
 
     def maps(module: Encoder) -> np.ndarray | None:
@@ -149,7 +151,7 @@ def retrieval_of(
     own = [captions.texts(int(index)) for index in indices]
     texts = list(dict.fromkeys(chain.from_iterable(own)))
     with frozen(method):
-        of_images, of_texts = embed_images(method, features), embed_texts(method, captions, texts, features.device)
+        of_images, of_texts = method.embeddings(features), embed_texts(method, captions, texts, features.device)
     return search(of_images.cpu().numpy(), of_texts.cpu().numpy(), texts, own, queries)
 
 
@@ -194,7 +196,7 @@ def example_views(loader: Loader) -> tuple[list[np.ndarray], np.ndarray]:
     first = train[rng.permutation(loader.seed, 0, len(train))[:NUM_EXAMPLES]]
     with loader.views(first, batch_size=NUM_EXAMPLES) as batches:
         batch = Augment(loader.augment)(next(batches), torch.device("cpu"))
-    views = [to_displayable(of_size, loader.augment).transpose(0, 1).cpu().numpy() for of_size in batch.views]
+    views = [loader.view.displayable(of_size).transpose(0, 1).cpu().numpy() for of_size in batch.views]
     return views, _images(loader, first, loader.data.image_size)
 
 

@@ -70,16 +70,3 @@ def _flat_on(device: torch.device, x: Tensor) -> Tensor:
     for target, source in zip(moved, x, strict=True):
         target.copy_(source, non_blocking=True)
     return moved.flatten(0, 1)
-
-
-def to_normalized(views: Tensor, config: AugmentConfig, device: torch.device) -> Tensor:
-    """What an encoder sees of un-augmented `views` uint8 [..., S, S, 3]: float32 [..., 3, S, S] on `device`, channels last."""
-    scale = torch.tensor([1 / (255 * std) for std in config.std], device=device)
-    shift = torch.tensor([-mean / std for mean, std in zip(config.mean, config.std, strict=True)], device=device)
-    return torch.addcmul(shift, views.to(device, non_blocking=True).float(), scale).movedim(-1, -3)
-
-
-def to_displayable(views: Tensor, config: AugmentConfig) -> Tensor:
-    """The pictures uint8 [..., S, S, 3] of normalized `views` float [..., 3, S, S]."""
-    mean, std = (torch.tensor(values, device=views.device).view(3, 1, 1) for values in (config.mean, config.std))
-    return (views.float() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1)

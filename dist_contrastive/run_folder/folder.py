@@ -12,14 +12,8 @@ from typing import Any, Literal
 from dist_contrastive.atomic import write_atomic
 from dist_contrastive.config import TrainConfig, UserError, differences, to_dict
 from dist_contrastive.folder_lock import lock_folder
-from dist_contrastive.run_status import CONFIG, DONE, StatusFile
-
-# Everything a run writes; `--overwrite` deletes these and nothing else.
-OWN_NAMES = (
-    "config.json", "metrics.jsonl", "tensorboard", "checkpoints", "encoder.safetensors", "projector.safetensors",
-    "text.safetensors", "tokenizer.json", "probe.json", "probes", "plots", "report.html", "machine.json", "status.json", "DONE",
-)  # fmt: skip
-CHECKPOINTS = "checkpoints"
+from dist_contrastive.run_folder.names import CHECKPOINTS, CONFIG, DONE, OWN_NAMES
+from dist_contrastive.run_folder.status import StatusFile
 
 
 class RunFolder:

@@ -20,8 +20,8 @@ from typing import Literal
 from dist_contrastive import processes
 from dist_contrastive.atomic import write_atomic
 from dist_contrastive.config import UserError, require
+from dist_contrastive.run_folder.names import CONFIG, DONE, STATUS
 
-STATUS, CONFIG, DONE = "status.json", "config.json", "DONE"
 BEAT_S = 30.0
 """Between two notes that the run is still there."""
 SILENT_S = 300.0
