@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Set up a checkout on Debian or Ubuntu: FFCV's system packages where they are missing, a virtual environment in .venv,
-# the versions of constraints.txt, the package itself (editable) with its development tools and DeepSpeed. Where apt can be
-# used, Slurm and shellcheck as well, for the tests of slurm/; without them those tests are skipped.
+# the versions of constraints.txt, the package itself (editable) with its development tools and extras. Where apt can be
+# used, Slurm, shellcheck and Chromium as well, for the tests of slurm/ and of the service's page; without them those tests are
+# skipped.
 #
 #   scripts/setup.sh          PYTHON=/path/to/python chooses the interpreter (3.11 or newer)
 #
@@ -61,12 +62,13 @@ missing_packages() {
     printf '%s' "${missing[*]}"
 }
 
-# Names of the apt packages that only tests of slurm/ need.
+# Names of the apt packages that only tests of slurm/ and of the service's page need.
 missing_test_packages() {
     local missing=()
     command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v srun >/dev/null || missing+=(slurm-wlm)
     command -v munged >/dev/null || missing+=(munge)
     command -v shellcheck >/dev/null || missing+=(shellcheck)
+    command -v chromium >/dev/null || missing+=(chromium)
     printf '%s' "${missing[*]}"
 }
 
@@ -75,7 +77,7 @@ install_test_packages() {
     local packages as_root=()
     packages=$(missing_test_packages)
     [[ -n $packages ]] || return 0
-    local advice="tests of slurm/ will be skipped; they need: apt-get install -y --no-install-recommends $packages"
+    local advice="tests of slurm/ and of pages will be skipped; they need: apt-get install -y --no-install-recommends $packages"
     if [[ $(id -u) != 0 ]]; then
         as_root=(sudo -n)
     fi
@@ -116,7 +118,7 @@ install_packages() {
 install_python_packages() {
     export PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
     echo "installing Python packages into $venv (a few minutes and 6 GB the first time)"
-    "$venv/bin/python" -m pip install --quiet --editable '.[dev,deepspeed]' ||
+    "$venv/bin/python" -m pip install --quiet --editable '.[dev,deepspeed,serve,milvus]' ||
         die "pip could not install the packages; its own message is above"
     "$venv/bin/python" -c 'import ffcv' ||
         die "FFCV was installed but cannot be imported; its own message is above"
