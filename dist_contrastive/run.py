@@ -22,8 +22,7 @@ from dist_contrastive.data.format import TRAIN
 from dist_contrastive.data.loader import Batches
 from dist_contrastive.data.ready import get_ready
 from dist_contrastive.data.resident import loader_of
-from dist_contrastive.evaluation.image_text import ImageTextRunner
-from dist_contrastive.evaluation.protocol import ProbeRunner
+from dist_contrastive.evaluation.scorer import Scorer
 from dist_contrastive.launch import connect, describe_machine
 from dist_contrastive.methods import Method
 from dist_contrastive.methods.image_text import ImageText
@@ -162,12 +161,14 @@ class Run:
             )
             ready.result()
         self.loader = loader_of(config, dataset, distributed.share_of(config.batch.size), accelerator.device)
-        self.probe: ProbeRunner | None = None
+        self.scorer: Scorer | None = None
         if config.probe.enabled:
-            self.probe = ProbeRunner(self.loader, probe=config.probe, device=accelerator.device)
-        self.towers: ImageTextRunner | None = None
-        if config.probe.enabled and config.method.text_tower:
-            self.towers = ImageTextRunner(self.loader, device=accelerator.device)
+            self.scorer = Scorer(
+                self.loader,
+                probe=config.probe,
+                device=accelerator.device,
+                has_towers=config.method.text_tower is not None,
+            )
         self.scores: dict[str, Any] = {"baselines": {}, "history": []}
         self.machine = describe_machine(config, accelerator)
         self.metrics: MetricsLog | None = None
@@ -298,7 +299,7 @@ class Run:
             f"{config.batch.size}, learning rate {config.optim.learning_rate:g} per 256 samples = "
             f"{trainer.peak_learning_rate:g}; {config.epochs} epochs of {trainer.steps_per_epoch} steps"
         )
-        if self.probe and not self.probe.has_labels:
+        if self.scorer and not self.scorer.has_labels:
             say(
                 f"{self.dataset.path} {self.dataset.manifest.describe_labels()}: no linear probe and no kNN, which need classes"
             )
@@ -409,11 +410,11 @@ class Run:
 
     def score(self, epochs_done: int) -> None:
         """Probe the encoder as it is and write probe.json; the first probe also scores the baselines."""
-        if not self.probe:
+        if not self.scorer:
             return
         if not self.scores["baselines"]:
-            self.scores["baselines"] = self._baselines(self.probe)
-        result = {**self.probe.score(self.trainer.method.exported), **self._score_towers(self.trainer.method)}
+            self.scores["baselines"] = self.scorer.baselines(self.untrained())
+        result = self.scorer.score(self.trainer.method)
         earlier = [entry for entry in self.scores["history"] if entry["step"] != self.trainer.step]
         self.scores["history"] = [*earlier, {"epoch": epochs_done, "step": self.trainer.step, **result}]
 
@@ -428,30 +429,11 @@ class Run:
 
     def summary(self) -> dict[str, Any] | None:
         """What probe.json holds; None without a probe."""
-        if not self.probe:
-            return None
-        found = self.probe.summary(self.scores["baselines"], self.scores["history"])
-        if self.towers:
-            found["protocol"] |= self.towers.protocol()
-        return found
+        return self.scorer.summary(self.scores["baselines"], self.scores["history"]) if self.scorer else None
 
     def untrained(self) -> Method:
         """The method as it was before the first step: its weights are a function of the config."""
         return build_method(self.config)
-
-    def _baselines(self, probe: ProbeRunner) -> dict[str, Any]:
-        untrained = self.untrained()
-        chances = self.towers.chances() if self.towers else {}
-        scores = {f"init_{name}": value for name, value in self._score_towers(untrained).items()}
-        scores |= {f"chance_{name}": value for name, value in chances.items()}
-        return {**probe.baselines(untrained.exported.to(self.trainer.device)), **scores}
-
-    def _score_towers(self, method: Method) -> dict[str, float]:
-        """Zero-shot and retrieval, where there is a text tower."""
-        if not self.towers:
-            return {}
-        assert isinstance(method, ImageText)
-        return self.towers.score(method.to(self.trainer.device))
 
     def _on_fault(self, line: str) -> None:
         """Ranks are missing, or the launcher: this process is about to end."""

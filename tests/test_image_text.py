@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dist_contrastive import distributed
+from dist_contrastive import distributed, probe
 from dist_contrastive.batch import Samples
 from dist_contrastive.config import EncoderConfig, HeadConfig, ProbeConfig
 from dist_contrastive.data.beton import open_dataset
@@ -228,6 +228,24 @@ def test_a_run_scores_both_towers_beside_the_untrained_ones_alike_on_two_ranks(t
     assert (tmp_path / "one" / "tokenizer.json").read_bytes() == captions.tokenizer_json
     tower = load_file(tmp_path / "one" / "text.safetensors")
     assert tower["projector.weight"].shape == (16, TEXT.width)
+
+
+@pytest.mark.parametrize("num_classes", [3, 0])
+def test_a_run_is_scored_again_as_training_scored_it(num_classes: int, tmp_path: Path) -> None:
+    """With classes, and with captions alone."""
+    dataset = write_dataset(tmp_path, num_classes=num_classes, captions=True)
+    config = tiny_config(tmp_path / "run", dataset, norm="group", epochs=1)
+    config = replace(with_small(config, "clip"), probe=ProbeConfig(knn_k=5 if num_classes else 0, strengths=(1e-2,)))
+    run_ranks(train_on_rank, 1, config)
+    probe.main([str(config.run_dir), "--device", "cpu"])
+    measured = json.loads((config.run_dir / "probe.json").read_text())
+    (path,) = (config.run_dir / "probes").iterdir()
+    again = json.loads(path.read_text())
+    towers = {name for name in measured if "recall" in name or "zero_shot" in name}
+    assert len(towers) == (21 if num_classes else 18), "of the trained towers, of untrained ones and by chance"
+    for name in towers:
+        assert again[name] == pytest.approx(measured[name], abs=1.5 / 60), name
+    assert again["protocol"] == measured["protocol"]
 
 
 def test_a_dataset_without_captions_or_with_more_tokens_is_refused(tmp_path: Path) -> None:

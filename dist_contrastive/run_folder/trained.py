@@ -54,16 +54,25 @@ class TrainedRun:
     def method(self) -> Method:
         """The method with its trained parts, on the CPU and frozen; whatever else it has is as before the first step."""
         method = self.untrained()
+        self.load(method)
+        return method.eval().requires_grad_(False)
+
+    def load(self, method: Method) -> None:
+        """Put the trained parts into a method of this run."""
         for part, module in parts_of(method).items():
             load_module(module, self.tensors(part))
-        return method.eval().requires_grad_(False)
 
     def tokenizer(self) -> CaptionTokenizer:
         """Of an image-text run's captions; `UserError` where it can't be read."""
-        text, path = self.config.method.text_tower, self.path / TOKENIZER
+        text = self.config.method.text_tower
         assert text is not None, "it learns from captions"
+        return read_tokenizer(self.tokenizer_json(), max_tokens=text.context, name=str(self.path / TOKENIZER))
+
+    def tokenizer_json(self) -> bytes:
+        """The tokenizer's own JSON; `UserError` where it can't be read."""
+        path = self.path / TOKENIZER
         require(path.is_file(), f"{self.path} has no {TOKENIZER}, which training writes at its end")
-        return read_tokenizer(path.read_bytes(), max_tokens=text.context, name=str(path))
+        return path.read_bytes()
 
 
 def parts_of(method: Method) -> Mapping[str, nn.Module]:
