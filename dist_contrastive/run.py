@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
@@ -16,7 +15,7 @@ from dist_contrastive.batch import steps_per_epoch
 from dist_contrastive.cadence import Cadence
 from dist_contrastive.checkpoint import Checkpoint, save_module
 from dist_contrastive.config import TrainConfig, UserError, flatten, require, to_dict
-from dist_contrastive.data.beton import Dataset, open_dataset
+from dist_contrastive.data.beton import Dataset, open_verified
 from dist_contrastive.data.compiled import announced_compilation
 from dist_contrastive.data.format import TRAIN
 from dist_contrastive.data.loader import Batches
@@ -81,14 +80,6 @@ def train(config: TrainConfig) -> bool:
             finally:
                 run.close()
         return True
-
-
-def open_verified(path: Path) -> Dataset:
-    """One rank of each host reads the whole file to verify it; the others trust that rank."""
-    if distributed.local_rank():
-        return open_dataset(path, verify=False)
-    with liveness.busy(f"verifies {path}"):
-        return open_dataset(path)
 
 
 def fit(run: "Run") -> bool:

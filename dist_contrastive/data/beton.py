@@ -20,7 +20,7 @@ import numba
 import numba.typed
 import numpy as np
 
-from dist_contrastive import signals
+from dist_contrastive import distributed, liveness, signals
 from dist_contrastive.config import UserError, require
 from dist_contrastive.data.captions import Captions
 from dist_contrastive.data.format import NO_LABEL, TEST, TRAIN, Manifest, captions_path, find_manifest, pack_again
@@ -210,6 +210,14 @@ def open_dataset(path: Path, *, verify: bool = True) -> Dataset:
         f"{path} has samples that lie outside the file or belong to no class; {again}",
     )
     return dataset
+
+
+def open_verified(path: Path) -> Dataset:
+    """One rank of each host reads the whole file to verify it; the others trust that rank."""
+    if distributed.local_rank():
+        return open_dataset(path, verify=False)
+    with liveness.busy(f"verifies {path}"):
+        return open_dataset(path)
 
 
 class BetonWriter:

@@ -92,7 +92,7 @@ class Tree:
     def num_images(self) -> int:
         """Files directly in it that look like images."""
         start = len(self.name) + 1 if self.name else 0
-        return sum(_looks_like_image(self.path / name[start:]) for name in self.files)
+        return sum(looks_like_image(self.path / name[start:]) for name in self.files)
 
     @cached_property
     def inner(self) -> list["Tree"]:
@@ -526,7 +526,7 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _looks_like_image(path: Path) -> bool:
+def looks_like_image(path: Path) -> bool:
     """Whether the file's suffix or its first bytes say that it is an image; only packing decodes it."""
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return True

@@ -161,7 +161,7 @@ def _write_file(
     disk has them."""
     bad = list(source.bad)
     if len(bad) > max_bad:
-        raise UserError(_too_many(bad, max_bad))
+        raise UserError(too_many(bad, max_bad, "packed"))
     not_images = Counter(source.not_images)
     first_bad: dict[int, LeftOut] = {}
     capacity = len(source.samples)
@@ -180,7 +180,7 @@ def _write_file(
                 else:
                     bad.append(found)
                 if len(bad) > max_bad:
-                    raise UserError(_too_many(bad, max_bad))
+                    raise UserError(too_many(bad, max_bad, "packed"))
             else:
                 sums[len(packed)] = encoded.sums
                 num_pixels[len(packed)] = encoded.height * encoded.width
@@ -281,11 +281,12 @@ def _encode_all(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _too_many(left_out: list[LeftOut], max_bad: int) -> str:
+def too_many(left_out: list[LeftOut], max_bad: int, done: str) -> str:
+    """The line about more than `max_bad` images that can't be `done`, as in `packed`."""
     shown = "; ".join(f"{bad.name} ({bad.reason})" for bad in left_out[:NUM_SHOWN])
     count = "an image" if max_bad == 0 else f"more than {max_bad} images"
     more = "; ..." if len(left_out) > NUM_SHOWN else ""
-    return f"{count} can't be packed: {shown}{more}; repair or remove them, or allow more with --max-bad"
+    return f"{count} can't be {done}: {shown}{more}; repair or remove them, or allow more with --max-bad"
 
 
 def _check_samples(
