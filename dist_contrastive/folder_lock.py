@@ -45,8 +45,11 @@ class FolderLock(Protocol):
     def release(self) -> None: ...
 
 
-def lock_folder(path: Path) -> FolderLock:
-    """Lock the folder `path`; `UserError` where another process holds it. Raises OSError where it can't be written."""
+def lock_folder(path: Path, instead: str = "--run-dir") -> FolderLock:
+    """Lock the folder `path`; `UserError` where another process holds it, which says to choose another one for `instead`.
+
+    Raises OSError where it can't be written.
+    """
     # Held open: closing it gives the lock away.
     file = open(path / LOCK, "ab+", buffering=0)  # noqa: SIM115
     try:
@@ -55,15 +58,15 @@ def lock_folder(path: Path) -> FolderLock:
         file.seek(0)
         holder = file.read().decode(errors="replace").strip() or "another process"
         file.close()
-        raise _in_use(path, holder) from error
+        raise _in_use(path, holder, instead) from error
     except OSError as error:
         file.close()
         if error.errno not in NO_LOCKS:
-            raise UserError(f"{path} can't be locked ({error.strerror}); choose another --run-dir") from error
+            raise UserError(f"{path} can't be locked ({error.strerror}); choose another {instead}") from error
         print(
             f"{path}: its file system has no locks ({error.strerror}); a file that is kept alive stands in", flush=True
         )
-        return _LockFile(path)
+        return _LockFile(path, instead)
     # Who holds it is a courtesy that a full disk may deny.
     with suppress(OSError):
         file.truncate(0)
@@ -71,8 +74,8 @@ def lock_folder(path: Path) -> FolderLock:
     return _Flock(path, file)
 
 
-def _in_use(path: Path, holder: str) -> UserError:
-    return UserError(f"{path} is in use by {holder}; wait for it or choose another --run-dir")
+def _in_use(path: Path, holder: str, instead: str) -> UserError:
+    return UserError(f"{path} is in use by {holder}; wait for it or choose another {instead}")
 
 
 class _Flock:
@@ -91,8 +94,8 @@ class _Flock:
 
 
 class _LockFile:
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / HOLDER
+    def __init__(self, folder: Path, instead: str) -> None:
+        self._path, self._instead = folder / HOLDER, instead
         self._me = {
             "host": socket.gethostname(),
             "process": os.getpid(),
@@ -132,7 +135,7 @@ class _LockFile:
             return True
         seen = self._look()
         if seen and self._lives(folder, seen):
-            raise _in_use(folder, _describe(seen[0]))
+            raise _in_use(folder, _describe(seen[0]), self._instead)
         if not seen or self._look() != seen:
             return False
         mine = self._path.with_name(f"{HOLDER}-{self._me['token']}")
