@@ -15,7 +15,7 @@ import pytest
 
 import benchmarks
 import dist_contrastive
-from dist_contrastive import cli, pack, probe, stage, status, train
+from dist_contrastive import cli, index, pack, probe, stage, status, train
 from dist_contrastive.methods import METHODS
 from dist_contrastive.recipes import RECIPES, list_recipes, summary_of
 
@@ -48,6 +48,7 @@ BENCHMARKS = {
 ENTRY_POINTS = {
     "dist_contrastive.train": EntryPoint(train.main, train.TrainConfig, parse_train),
     "dist_contrastive.pack": entry_point(pack, pack.PackConfig),
+    "dist_contrastive.index": entry_point(index, index.IndexCommand),
     "dist_contrastive.probe": entry_point(probe, probe.ProbeCommand),
     "dist_contrastive.stage": entry_point(stage, stage.StageConfig),
     "dist_contrastive.status": entry_point(status, status.StatusCommand),

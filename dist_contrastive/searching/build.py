@@ -30,6 +30,7 @@ from dist_contrastive.searching.index_file import (
     Items,
     Measured,
     SearchIndex,
+    Source,
     is_index,
     nearest,
     read_facts,
@@ -70,6 +71,9 @@ class Settings:
             f"--pictures {self.picture_size}: give 16 to 1024, or 0 for none",
         )
 
+    def without_pictures(self) -> "Settings":
+        return replace(self, picture_size=0)
+
 
 class IndexWriter:
     """Writes a new index, or more vectors into one: use it in a `with` block, `add` what there is, and `commit`.
@@ -85,22 +89,31 @@ class IndexWriter:
         dimension: int,
         settings: Settings,
         *,
-        source: str = "",
+        source: Source | None = None,
+        classes: Sequence[str] = (),
         to_old: bool = False,
     ) -> None:
-        """`to_old`: add to the index that is there, with its own kind and parameters.
+        """`source` is what is put into it, `classes` are the names of its labels.
+
+        `to_old`: add to the index that is there, with its own kind and parameters; of settings none counts then.
 
         `UserError` where `path` is something else than an index or nothing, where another process writes it, where the index is
-        damaged or of another encoder.
+        damaged, of another encoder or of labels with other names, and where the same source was put into it before.
         """
         structures.load_faiss()
-        self.path, self.encoder, self.dimension, self.settings, self.source = path, encoder, dimension, settings, source
+        self.path, self.encoder, self.dimension, self.settings = path, encoder, dimension, settings
+        self._sources, self._classes = (source,) if source else (), tuple(classes)
         self.old: SearchIndex | None = None
         self._lock = _locked(path, exists=to_old)
         try:
             if to_old:
                 self.old = SearchIndex(path)
-                require_same(self.old.facts, encoder, path)
+                old = self.old.facts
+                require_same(old, encoder, path)
+                require(self._classes == old.classes, f"{path} has labels of other classes; build another index")
+                again = [known.name for known in old.sources if known in self._sources]
+                require(not again, f"{path} has {', '.join(again)} already: there is nothing to add")
+                self._sources = (*old.sources, *self._sources)
             self.change = self.old.facts.change + 1 if self.old else 1
             self._ids: list[np.ndarray] = []
             self._labels: list[np.ndarray | None] = []
@@ -125,6 +138,17 @@ class IndexWriter:
         """One more than the highest id that was ever given here."""
         ids = [*([self.old.items.ids] if self.old else []), *self._ids]
         return max((int(part.max()) + 1 for part in ids if len(part)), default=0)
+
+    @property
+    def picture_size(self) -> int:
+        """Of the pictures that this index has or is to have; 0: none."""
+        return self.old.facts.picture_size if self.old else self.settings.picture_size
+
+    def known_paths(self) -> set[str]:
+        """Of what was in the index before."""
+        if not self.old or not self.old.items.has_paths:
+            return set()
+        return {self.old.items.path(row) or "" for row in np.flatnonzero(self.old.items.alive).tolist()}
 
     def add(
         self,
@@ -263,8 +287,8 @@ class IndexWriter:
         facts = Facts(
             kind=kind, parameters=parameters, encoder=self.encoder, dimension=self.dimension, num_rows=len(items.ids),
             num_vectors=int(items.alive.sum()), effort=effort, asked_recall=self.recall, measured=measured,
-            picture_size=self.old.facts.picture_size if self.old else self.settings.picture_size,
-            source=self.old.facts.source if self.old else self.source, change=self.change, files=files,
+            picture_size=self.picture_size,
+            sources=self._sources, classes=self._classes, change=self.change, files=files,
         )  # fmt: skip
         return put_in_place(self.path, facts, items, structure)
 

@@ -90,6 +90,16 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A packed dataset, a folder or a table of vectors that was put into the index."""
+
+    name: str
+    """The last of its path."""
+    identity: str
+    """What tells it, with its content, from others; hexadecimal."""
+
+
+@dataclass(frozen=True)
 class File:
     """A file of the index."""
 
@@ -116,8 +126,10 @@ class Facts:
     measured: Measured
     picture_size: int
     """Pixels of a picture's longer side; 0: there are none."""
-    source: str
-    """What the vectors are of, last name of its path."""
+    sources: Sequence[Source]
+    """What the vectors are of, the first added first."""
+    classes: Sequence[str]
+    """The names of labels 0, 1, ...; empty where there are none."""
     change: int
     """1 for a new index, one more for each change since."""
     files: Sequence[File]
@@ -418,6 +430,8 @@ def _facts(found: Mapping[str, Any]) -> Facts:
         "encoder": Encoder(**found["encoder"]),
         "measured": Measured(**found["measured"]),
         "files": tuple(File(**file) for file in found["files"]),
+        "sources": tuple(Source(**source) for source in found["sources"]),
+        "classes": tuple(found["classes"]),
     }
     return Facts(**{**found, **made})
 
