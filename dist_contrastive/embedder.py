@@ -55,11 +55,11 @@ class Embedder(nn.Module):
         """Embeddings float32 [n, E], which the run's loss compared; by cosine, as everything here does."""
         return self.embeddings(self(images))
 
-    def of_squares(self, squares: Tensor) -> Tensor:
-        """Features float32 [n, D] of what `view` has cut, uint8 [n, S, S, 3]."""
+    def of_squares(self, squares: Tensor, batch_size: int = BATCH_SIZE) -> Tensor:
+        """Features float32 [n, D] of what `view` has cut, uint8 [n, S, S, 3]; `batch_size` go through the encoder at once."""
         parts = []
         with full_precision(self.device):
-            for part in squares.split(BATCH_SIZE):
+            for part in squares.split(batch_size):
                 images = self.view.normalized(part, self.device)
                 parts.append(self.method.exported(images.contiguous(memory_format=torch.channels_last)).float())
         return torch.cat(parts) if parts else torch.empty(0, self.feature_size, device=self.device)

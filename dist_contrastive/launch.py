@@ -7,7 +7,7 @@ import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -16,7 +16,7 @@ from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
 import dist_contrastive
 from dist_contrastive import distributed, rendezvous
-from dist_contrastive.config import TrainConfig, UserError
+from dist_contrastive.config import LaunchConfig, TrainConfig, UserError, require
 from dist_contrastive.preflight import (
     ACCELERATE_NAMES,
     ZeroLaunch,
@@ -40,8 +40,7 @@ def connect(config: TrainConfig) -> Accelerator:
     device, precision = device_and_precision(config.launch)
     timeout = datetime.timedelta(minutes=config.launch.timeout_minutes)
     zero = zero_launch(config)
-    rendezvous.join(BACKENDS[device], timeout=timeout, gpu=_gpu if device == "cuda" else str)
-    check_devices(rendezvous.peers())
+    _join(device, timeout)
     _use(config, device)
     if zero:
         accelerator = _connect_deepspeed(zero, device, timeout)
@@ -52,10 +51,37 @@ def connect(config: TrainConfig) -> Accelerator:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
     _check(config, accelerator, device)
+    _open_groups(device, timeout)
+    return accelerator
+
+
+def connect_for_use(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Connect the ranks of what uses a run and trains nothing, in fp32; where this rank is to compute.
+
+    `UserError` where there is no such device, or none for each rank.
+    """
+    has_cuda = torch.cuda.is_available()
+    require(asked != "cuda" or has_cuda, "--device cuda: torch sees no CUDA device here")
+    wanted = LaunchConfig(device=asked if has_cuda else "cpu", precision="fp32")
+    kind, _ = device_and_precision(wanted)
+    timeout = datetime.timedelta(minutes=wanted.timeout_minutes)
+    _join(kind, timeout)
+    device = torch.device(kind, device_number()) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    _open_groups(kind, timeout)
+    return device
+
+
+def _join(device: str, timeout: datetime.timedelta) -> None:
+    rendezvous.join(BACKENDS[device], timeout=timeout, gpu=_gpu if device == "cuda" else str)
+    check_devices(rendezvous.peers())
+
+
+def _open_groups(device: str, timeout: datetime.timedelta) -> None:
     distributed.open_groups(timeout)
     if device == "cpu":  # whatever OMP_NUM_THREADS says: torchrun sets it to 1 where the user does not
         torch.set_num_threads(rendezvous.fair_cores())
-    return accelerator
 
 
 def _use(config: TrainConfig, device: str) -> None:

@@ -41,9 +41,11 @@ class _Heard:
     Attributes:
         phase: `early`: nothing is to be lost, a signal ends the process at once; `running`: it waits for a safe point;
             `over`: there is nothing left to stop.
+        kept: what is told of that safe point: `with a checkpoint of all that is done`.
     """
 
     phase: Literal["early", "running", "over"] = "early"
+    kept: str = ""
     reason: str = ""
     presses: int = 0
     last_press: float = -SAME_PRESS_S
@@ -101,9 +103,9 @@ def handled() -> Iterator[None]:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """Within the context, which is left once, a signal waits for the run to come to a safe point."""
-    _heard.phase = "running"
+def deferred(kept: str = "with a checkpoint of all that is done") -> Iterator[None]:
+    """Within the context, which is left once, a signal waits for the run to come to a safe point; `kept` is told of it."""
+    _heard.phase, _heard.kept = "running", kept
     try:
         yield
     finally:
@@ -124,7 +126,7 @@ def _hear(number: signal.Signals) -> None:
     first = not requested() and _heard.phase == "running"
     request(number.name)
     if first:
-        _say(f"{number.name}: stops at the next safe point, with a checkpoint of all that is done")
+        _say(f"{number.name}: stops at the next safe point, {_heard.kept}")
     if number == signal.SIGINT:
         _press()
 

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {
     "pretrain": ["photos", "--epochs", "2"],
     "probe": ["runs/photos"],
+    "embed": ["runs/photos", "data/photos.beton", "vectors.parquet"],
     "sweep": ["sweep.txt", "photos"],
     "throughput": ["loader"],
 }

@@ -31,8 +31,8 @@ def frozen(encoder: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-class _Host:
-    """Rows of this rank's share as they come from the device, in memory of the host."""
+class HostRows:
+    """Rows as they come from the device, in memory of the host."""
 
     def __init__(self, num_rows: int, row_shape: tuple[int, ...]) -> None:
         self.rows = torch.empty(num_rows, *row_shape)
@@ -54,7 +54,7 @@ class _Host:
         self._filled += len(features)
 
     def end(self) -> Tensor:
-        """All rows that there is room for; the share's are in front."""
+        """All rows that there is room for; those that came are in front."""
         while self._coming:
             self._take()
         return self.rows
@@ -76,7 +76,7 @@ def _on_main(
     on any device; those of all ranks, float32 [n, *row_shape] on rank 0's host, [0, *row_shape] elsewhere."""
     shares = np.array_split(indices, distributed.world_size())
     share = shares[distributed.rank()]
-    host = _Host(len(indices) if distributed.is_main() else len(share), row_shape)
+    host = HostRows(len(indices) if distributed.is_main() else len(share), row_shape)
 
     def fill() -> Tensor:
         encode(share, host.add)

@@ -11,10 +11,9 @@ import numpy as np
 
 from dist_contrastive.config import UserError, require
 from dist_contrastive.searching.index_file import Encoder, Output, Source
+from dist_contrastive.vectors.parts import KEY, require_parquet
 
 BATCH = 4096
-KEY = b"dist_contrastive"
-"""Under which embed puts what it knows of the run and the source, as JSON, into the schema."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +87,6 @@ def open_table(path: Path, output: Output) -> VectorTable:
         return VectorTable(path, output, encoder, source, tuple(about["classes"]), dimension, num_rows, parts)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} holds no vectors that embed wrote") from error
-
-
-def require_parquet() -> tuple[Any, Any]:
-    """`pyarrow` and `pyarrow.parquet`; `UserError` where they are missing."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError("vectors are read with pyarrow: pip install 'dist_contrastive[serve]'") from error
-    return pyarrow, pyarrow.parquet
 
 
 def _rows(batch: Any, output: Output, dimension: int) -> Rows:

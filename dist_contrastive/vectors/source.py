@@ -11,7 +11,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -93,12 +93,12 @@ class VectorSource(ABC):
     classes: tuple[str, ...] = ()
     has_paths: bool
 
-    def chunks(self, items: range, size: int) -> Iterator[Chunk]:
+    def chunks(self, items: range, size: int) -> Generator[Chunk]:
         """The images of the contiguous range `items`, `size` items at a time."""
         return self.chunks_of([items], size)
 
     @abstractmethod
-    def chunks_of(self, ranges: Sequence[range], size: int) -> Iterator[Chunk]:
+    def chunks_of(self, ranges: Sequence[range], size: int) -> Generator[Chunk]:
         """Those of several ranges, one after the other without a pause; no chunk has items of two ranges."""
 
     @abstractmethod
@@ -153,7 +153,7 @@ class BetonSource(VectorSource):
             dataset, config.data, config.augment, seed=config.seed, share=share, threads=threads, device=device
         )
 
-    def chunks_of(self, ranges: Sequence[range], size: int) -> Iterator[Chunk]:
+    def chunks_of(self, ranges: Sequence[range], size: int) -> Generator[Chunk]:
         passes: deque[tuple[range, Batches]] = deque()
         waiting = iter(ranges)
         try:
@@ -200,7 +200,7 @@ class FolderSource(VectorSource):
         self.identity = _sum([name, *_state(path / name)] for name in self.names)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
 
-    def chunks_of(self, ranges: Sequence[range], size: int) -> Iterator[Chunk]:
+    def chunks_of(self, ranges: Sequence[range], size: int) -> Generator[Chunk]:
         pieces = (piece for chunk in _split(ranges, size) for piece in _split([chunk], PIECE))
         pending: deque[Future[list[np.ndarray | BadImageError]]] = deque()
         # Pillow warns of large images and odd metadata, file by file; what matters is in the reasons.
