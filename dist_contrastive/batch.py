@@ -34,10 +34,6 @@ class Samples:
         return replace(self, labels=labels, indices=indices)
 
 
-PADDING = 0
-"""The token that stands where a caption has ended."""
-
-
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of a step: B samples, each with all its views."""
@@ -47,7 +43,8 @@ class Batch:
     float32 [V, B, 3, S, S] once augmented."""
     samples: Samples
     text: Tensor | None = None
-    """int64 [B, L]: a caption of each sample as L token ids, padded with `PADDING`; None where the dataset has no captions."""
+    """int64 [B, L]: a caption of each sample as L token ids, padded with `config.PADDING`; None where the dataset has no
+    captions."""
     draws: Tensor | None = None
     """float32 [V, B, ...]: what the augmentation is to do with each view, all sizes together (`data.augment.draws`); None where
     views are not to be augmented, or are already."""

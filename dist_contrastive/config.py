@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 LONGEST_TIMEOUT_MINUTES = 60 * 24 * 365  # far from where a library's clocks overflow
 
+PADDING = 0
+"""The token that stands where a caption has ended."""
+
 
 class UserError(ValueError):
     """A user's mistake: its text says in one line what is wrong and what to do. Entry points exit with status 2."""

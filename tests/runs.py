@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dist_contrastive import cli
-from dist_contrastive.checkpoint import Checkpoint, CheckpointStore
+from dist_contrastive.checkpoint import Checkpoint, CheckpointStore, save_module
 from dist_contrastive.config import (
     AugmentConfig,
     BatchConfig,
@@ -22,11 +23,17 @@ from dist_contrastive.config import (
     TrainConfig,
     UserError,
     ViewConfig,
+    to_dict,
 )  # fmt: skip
+from dist_contrastive.data.beton import open_dataset
 from dist_contrastive.data.captions import CaptionOptions
+from dist_contrastive.methods import Method
 from dist_contrastive.methods.simclr import SimCLRConfig
 from dist_contrastive.metrics import read_metrics
 from dist_contrastive.run import train
+from dist_contrastive.run_folder.names import CONFIG, DONE, TOKENIZER
+from dist_contrastive.run_folder.trained import FILES, parts_of
+from dist_contrastive.trainer import build_method
 from tests.betons import picture, write_beton
 
 NUM_TRAIN, NUM_TEST, GLOBAL_BATCH = 100, 30, 16
@@ -140,3 +147,17 @@ def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
         if name not in ("config", "extra"):
             assert one.state[name] == other.state[name], name
     assert one.state["extra"]["scores"] == other.state["extra"]["scores"]
+
+
+def leave_untrained(config: TrainConfig) -> Method:
+    """What a finished run of `config` leaves for others to use, without the training; returns its method."""
+    dataset = open_dataset(config.data.path)
+    method = build_method(config)
+    config.run_dir.mkdir()
+    (config.run_dir / CONFIG).write_text(json.dumps(to_dict(config)))
+    for part, module in parts_of(method).items():
+        save_module(config.run_dir / FILES[part], module, {"step": "0", "dataset_sha256": dataset.manifest.identity})
+    if dataset.captions is not None:
+        (config.run_dir / TOKENIZER).write_bytes(dataset.captions.tokenizer_json)
+    (config.run_dir / DONE).touch()
+    return method.eval()

@@ -15,7 +15,7 @@ import pytest
 
 import benchmarks
 import dist_contrastive
-from dist_contrastive import cli, embed, index, pack, probe, stage, status, train
+from dist_contrastive import cli, embed, export, index, pack, probe, stage, status, train
 from dist_contrastive.methods import METHODS
 from dist_contrastive.recipes import RECIPES, list_recipes, summary_of
 
@@ -47,6 +47,7 @@ BENCHMARKS = {
 }
 ENTRY_POINTS = {
     "dist_contrastive.train": EntryPoint(train.main, train.TrainConfig, parse_train),
+    "dist_contrastive.export": entry_point(export, export.ExportCommand),
     "dist_contrastive.pack": entry_point(pack, pack.PackConfig),
     "dist_contrastive.index": entry_point(index, index.IndexCommand),
     "dist_contrastive.probe": entry_point(probe, probe.ProbeCommand),

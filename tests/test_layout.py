@@ -21,7 +21,7 @@ LEVELS = {
     "methods": 2, "evaluation": 2,
     "checkpoint": 3, "metrics": 3, "step": 3, "report": 3, "run_folder": 3, "launch": 3, "progress": 3,
     "trainer": 3, "preflight": 3, "simulate": 3, "trial": 3, "weights": 3,
-    "recipes": 4, "run": 4, "dry_run": 4, "score": 4, "embedder": 4, "searching": 4, "vectors": 4,
+    "recipes": 4, "run": 4, "dry_run": 4, "score": 4, "embedder": 4, "exporting": 4, "searching": 4, "vectors": 4,
     "train": 5, "pack": 5, "probe": 5, "stage": 5, "status": 5, "export": 5, "serve": 5, "study": 5, "index": 5, "embed": 5,
 }  # fmt: skip
 ENTRY_POINTS = 5

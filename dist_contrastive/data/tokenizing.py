@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from dist_contrastive.batch import PADDING
-from dist_contrastive.config import UserError
+from dist_contrastive.config import PADDING, UserError
 
 PADDING_TOKEN, START_TOKEN, END_TOKEN = "<pad>", "<start>", "<end>"
 STARTS = (START_TOKEN, "<|startoftext|>", "<s>", "[CLS]", "<bos>", "<|begin_of_text|>")

@@ -35,18 +35,7 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
         nearest = difflib.get_close_matches(config.name, timm.list_models(), n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise UserError(f"--encoder.name {config.name}: timm has no such model{hint}")
-    options: dict[str, Any] = {}
-    cfg = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
-    if cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != image_size:
-        options["img_size"] = image_size
-    has_patches, takes_other_sizes = _traits(config.name)
-    if takes_other_sizes:
-        options["dynamic_img_size"] = True
-    if config.patch_size:
-        require(has_patches, _no_patches(config))
-        options["patch_size"] = config.patch_size
-    if config.drop_path:
-        options["drop_path_rate"] = config.drop_path
+    options = model_options(config, image_size)
     try:
         body = timm.create_model(config.name, pretrained=False, num_classes=0, **options)
     except TypeError as error:  # what a model's class does not take, it refuses by name
@@ -69,6 +58,23 @@ def build_encoder(config: EncoderConfig, image_size: int) -> Encoder:
         pass_keys=pass_keys,
     )
     return encoder.to(memory_format=torch.channels_last)
+
+
+def model_options(config: EncoderConfig, image_size: int) -> dict[str, Any]:
+    """What timm's `create_model` is given beside the name of the model that timm knows; `UserError` as `build_encoder`."""
+    options: dict[str, Any] = {}
+    cfg = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
+    if cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != image_size:
+        options["img_size"] = image_size
+    has_patches, takes_other_sizes = _traits(config.name)
+    if takes_other_sizes:
+        options["dynamic_img_size"] = True
+    if config.patch_size:
+        require(has_patches, _no_patches(config))
+        options["patch_size"] = config.patch_size
+    if config.drop_path:
+        options["drop_path_rate"] = config.drop_path
+    return options
 
 
 @functools.cache

@@ -4,8 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dist_contrastive.batch import PADDING
-from dist_contrastive.config import TextConfig
+from dist_contrastive.config import PADDING, TextConfig
 
 
 class TextEncoder(nn.Module):

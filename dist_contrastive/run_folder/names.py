@@ -10,9 +10,11 @@ ENCODER, PROJECTOR, TEXT, TOKENIZER = (
 PROBE, PROBES = "probe.json", "probes"
 """The scores that belong to the run, and a folder for others."""
 PLOTS, REPORT = "plots", "report.html"
+EXPORT = "export"
+"""The folder that export writes, where it is given no other."""
 
 OWN_NAMES = (
     CONFIG, METRICS, TENSORBOARD, CHECKPOINTS, ENCODER, PROJECTOR, TEXT, TOKENIZER, PROBE, PROBES, PLOTS, REPORT, MACHINE, STATUS,
-    DONE,
+    DONE, EXPORT,
 )  # fmt: skip
 """Everything a run writes; `--overwrite` deletes these and nothing else."""
