@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "PART_ITEMS", PART)
+
+
+@pytest.fixture(scope="module")
+def small_table(config: TrainConfig) -> Path:
+    """The data set of `config`'s dataset in small parts."""
+    out = config.run_dir.parent / "small.parquet"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "PART_ITEMS", PART)
+        run(config, config.data.path, out)
+    return out
 
 
 @pytest.fixture
@@ -202,7 +213,9 @@ def test_a_rank_without_a_share_is_no_harm(config: TrainConfig, tmp_path: Path) 
     assert len(np.load(tmp_path / "v.npy")) == 5
 
 
-def test_a_signal_stops_all_ranks_and_the_same_command_goes_on(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_signal_stops_all_ranks_and_the_same_command_goes_on(
+    config: TrainConfig, small_table: Path, tmp_path: Path
+) -> None:
     out, source = tmp_path / "v.parquet", config.data.path
     stopped = run_ranks(embed_on_rank, 2, config, source, out, 4)
     assert [is_done for is_done, _ in stopped] == [False] * 2
@@ -214,8 +227,7 @@ def test_a_signal_stops_all_ranks_and_the_same_command_goes_on(config: TrainConf
     assert seen == -(-NUM // 8) - 2 * len(done)
     after = files(out)
     assert {name: after[name] for name in done} == done, "what was there is kept as it is"
-    run_ranks(embed_on_rank, 1, config, source, tmp_path / "whole.parquet")
-    assert_same(out, tmp_path / "whole.parquet")
+    assert_same(out, small_table)
 
 
 SLOW = """
@@ -348,10 +360,10 @@ def test_vectors_that_are_there_stay(config: TrainConfig, tmp_path: Path, capsys
     ],
 )  # fmt: skip
 def test_a_part_that_is_not_what_it_says_is_not_used(
-    spoil: Callable[[Path], object], words: str, config: TrainConfig, tmp_path: Path
+    spoil: Callable[[Path], object], words: str, config: TrainConfig, small_table: Path, tmp_path: Path
 ) -> None:
-    run(config, config.data.path, tmp_path / "v.parquet")
-    hidden = (tmp_path / "v.parquet").rename(tmp_path / ".v.parquet.parts")
+    hidden = tmp_path / ".v.parquet.parts"
+    shutil.copytree(small_table, hidden)
     spoil(hidden / "part-00001.parquet")
     with pytest.raises(UserError, match=words) as error:
         run(config, config.data.path, tmp_path / "v.parquet")
