@@ -14,7 +14,7 @@ from dist_contrastive.data.beton import open_dataset
 from dist_contrastive.data.eval_view import EvalView
 from dist_contrastive.data.format import LeftOut
 from dist_contrastive.vectors import source as source_module
-from dist_contrastive.vectors.source import BadImages, Chunk, VectorSource, open_vector_source
+from dist_contrastive.vectors.source import BadImages, Chunk, FolderSource, VectorSource, open_vector_source
 from tests.betons import jpeg, open_loader, picture, write_beton
 from tests.runs import tiny_config
 
@@ -175,8 +175,10 @@ def test_only_so_many_images_are_decoded_ahead(
 
     monkeypatch.setattr(source_module, "read_rgb", counting)
     with open_vector_source(tmp_path, config, threads=2) as source:
+        assert isinstance(source, FolderSource)
         ahead = source_module.PIECE * source_module.PIECES_AHEAD * 2
         for chunk in source.chunks(range(source.num_items), 32):
+            source._pool.submit(int).result()  # whatever was begun before has been read now, or nearly
             assert len(read) <= chunk.items.stop + ahead
     assert len(read) == 400
 
