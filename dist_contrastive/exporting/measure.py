@@ -88,7 +88,7 @@ def form_of(images: Images, encode: Callable[[Tensor], Vectors]) -> Form:
 
 
 def probe_scores(form: Form, images: Images, probe: ProbeConfig, *, num_classes: int, seed: int) -> dict[str, float]:
-    """`linear_top1` and `knn_top1`, fractions of the test images, of features; empty without labels."""
+    """`linear_top1` and `knn_top1`, fractions of the test images, and `linear_strength`, of features; empty without labels."""
     if images.labels is None:
         return {}
     train_y, test_y = images.labels
@@ -96,7 +96,11 @@ def probe_scores(form: Form, images: Images, probe: ProbeConfig, *, num_classes:
     linear = linear_probe(train_x, train_y, test_x, test_y, strengths=probe.strengths, holdout=probe.holdout, seed=seed)
     k = min(probe.knn_k, len(train_y)) or automatic_k(train_y)
     found = knn_predict(train_x, train_y, test_x, num_classes=num_classes, ks=[k], temperature=probe.knn_temperature)[k]
-    return {"linear_top1": linear.top1, "knn_top1": (found == test_y).double().mean().item()}
+    return {
+        "linear_strength": linear.strength,
+        "linear_top1": linear.top1,
+        "knn_top1": (found == test_y).double().mean().item(),
+    }
 
 
 def likeness(form: Form, reference: Form, seed: int) -> dict[str, float]:

@@ -4,7 +4,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,10 +157,8 @@ class _Export:
 
         torch_form = form_of(self._images, self._by_torch)
         onnx_form = form_of(self._images, lambda squares: self._by_graph(graph, squares))
-        scores: dict[str, Mapping[str, float]] = {
-            "torch": self._scores(torch_form, torch_form),
-            "onnx": self._scores(onnx_form, torch_form),
-        }
+        scores: dict[str, Mapping[str, float]] = {"torch": self._scores(torch_form, torch_form)}
+        scores["onnx"] = self._scores(onnx_form, torch_form, scores["torch"])
         facts_int8: dict[str, Any] = {"offered": False, "why": "it was not asked for (--no-int8)"}
         if int8:
             facts_int8 = self._make_int8(graph, torch_form, scores)
@@ -250,11 +248,15 @@ class _Export:
     def _pixels(self, squares: Tensor) -> Sequence[np.ndarray]:
         return [self._view.normalized(part, CPU).contiguous().numpy() for part in squares.split(CALIBRATION_BATCH)]
 
-    def _scores(self, form: Form, reference: Form) -> dict[str, float]:
-        probes = probe_scores(
-            form, self._images, self._run.config.probe,
-            num_classes=len(self._dataset.manifest.classes), seed=self._seed,
-        )  # fmt: skip
+    def _scores(
+        self, form: Form, reference: Form, of_reference: Mapping[str, float] | None = None
+    ) -> Mapping[str, float]:
+        probe = self._run.config.probe
+        if of_reference and "linear_strength" in of_reference:
+            # Of two strengths that are as good, the last digit of a feature can choose either.
+            probe = replace(probe, strengths=(of_reference["linear_strength"],))
+        num_classes = len(self._dataset.manifest.classes)
+        probes = probe_scores(form, self._images, probe, num_classes=num_classes, seed=self._seed)
         return {**probes, **likeness(form, reference, self._seed)}
 
     def _make_int8(
@@ -267,9 +269,9 @@ class _Export:
         places = torch.linspace(0, num - 1, num_images).long()
         forms = Int8(graph, self._pixels(self._images.train[places]), full_range=bool(instructions))
 
-        def measure(in_fp32: Sequence[str]) -> dict[str, float]:
+        def measure(in_fp32: Sequence[str]) -> Mapping[str, float]:
             form = form_of(self._images, lambda squares: self._by_graph(forms.form(in_fp32), squares))
-            return self._scores(form, reference)
+            return self._scores(form, reference, scores["torch"])
 
         few = self._images.test[:256]
         expected = self._by_torch(few)
