@@ -44,8 +44,6 @@ OF_INDEX = re.compile(r"(vectors-\d{4,}\.f32|items-\d{4,}\.safetensors|structure
 """The names of its other files."""
 Output = Literal["feature", "embedding"]
 MISSING = -1
-QUERIES_AT_ONCE = 64
-"""Whose candidates are in memory together."""
 ANEW = "build it anew, or copy it anew from where it is whole"
 
 
@@ -352,14 +350,14 @@ def nearest(
     found_rows = np.full((len(queries), k), MISSING, np.int64)
     found_scores = np.full((len(queries), k), -np.inf, np.float32)
     num = min(structures.num_candidates(kind, k), len(vectors))
-    for start in range(0, len(queries) if k else 0, QUERIES_AT_ONCE):
-        part = queries[start : start + QUERIES_AT_ONCE]
-        rows = structures.candidates(kind, structure, part, num, effort, only)
-        scores = np.einsum("qcd,qd->qc", vectors[rows], part)
-        scores[rows < 0] = -np.inf
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        found_rows[start : start + len(part)] = np.take_along_axis(rows, order, 1)
-        found_scores[start : start + len(part)] = np.take_along_axis(scores, order, 1)
+    for place, (line, query) in enumerate(
+        zip(structures.candidates(kind, structure, queries, num, effort, only), queries, strict=True)
+    ):
+        scores = np.vecdot(vectors[line], query)
+        if line[-1] < 0:  # there were fewer
+            scores[line < 0] = -np.inf
+        best = (-scores).argsort(kind="stable")[:k]
+        found_rows[place], found_scores[place] = line[best], scores[best]
     return found_rows, found_scores
 
 
@@ -371,12 +369,14 @@ def unit_vectors(vectors: np.ndarray | Tensor, dimension: int) -> np.ndarray:
     values = np.asarray(vectors.detach().cpu() if isinstance(vectors, Tensor) else vectors, np.float32)
     if values.ndim != 2 or values.shape[1] != dimension:
         raise ValueError(f"vectors are [n, {dimension}], not {list(values.shape)}")
-    if not np.isfinite(values).all():
-        raise ValueError("vectors are not finite")
-    # Scaled first: squares of large values overflow, those of small ones vanish.
-    scaled = values / np.maximum(np.abs(values).max(1, keepdims=True, initial=0), np.finfo(np.float32).tiny)
-    lengths = np.linalg.norm(scaled, axis=1, keepdims=True)
-    return np.ascontiguousarray(scaled / np.where(lengths == 0, 1, lengths), np.float32)
+    lengths = np.sqrt(np.vecdot(values, values))
+    if not ((lengths > 1e-15) & (lengths < 1e15)).all():
+        if not np.isfinite(values).all():
+            raise ValueError("vectors are not finite")
+        # Squares of large values overflow, those of small ones vanish.
+        values = values / np.maximum(np.abs(values).max(1, keepdims=True), np.finfo(np.float32).tiny)
+        lengths = np.sqrt(np.vecdot(values, values))
+    return np.ascontiguousarray(values / np.where(lengths == 0, 1, lengths)[:, None], np.float32)
 
 
 def is_index(path: Path) -> bool:
