@@ -369,7 +369,8 @@ def unit_vectors(vectors: np.ndarray | Tensor, dimension: int) -> np.ndarray:
     values = np.asarray(vectors.detach().cpu() if isinstance(vectors, Tensor) else vectors, np.float32)
     if values.ndim != 2 or values.shape[1] != dimension:
         raise ValueError(f"vectors are [n, {dimension}], not {list(values.shape)}")
-    lengths = np.sqrt(np.vecdot(values, values))
+    with np.errstate(over="ignore", invalid="ignore"):  # which is seen in what comes of it
+        lengths = np.sqrt(np.vecdot(values, values))
     if not ((lengths > 1e-15) & (lengths < 1e15)).all():
         if not np.isfinite(values).all():
             raise ValueError("vectors are not finite")
