@@ -19,6 +19,7 @@ import tyro
 
 from dist_contrastive import cli
 from dist_contrastive.config import require
+from dist_contrastive.run_folder.config import read_config
 
 PROG = "python -m dist_contrastive.export"
 
@@ -44,6 +45,7 @@ class ExportCommand:
 
 def main(argv: Sequence[str] | None = None) -> None:
     command = cli.parse(ExportCommand, argv, prog=PROG, about=__doc__)
+    read_config(command.run)  # a folder that holds no run is refused at once
 
     from dist_contrastive.exporting.write import export
 

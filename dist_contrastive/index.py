@@ -25,6 +25,7 @@ import tyro
 from dist_contrastive import cli
 from dist_contrastive.config import require
 from dist_contrastive.data.format import MAX_BAD
+from dist_contrastive.run_folder.config import read_config
 
 PROG = "python -m dist_contrastive.index"
 
@@ -86,6 +87,7 @@ class IndexCommand:
 
 def main(argv: Sequence[str] | None = None) -> None:
     command = cli.parse(IndexCommand, argv, prog=PROG, about=__doc__)
+    read_config(command.run)  # a folder that holds no run is refused at once
 
     from dist_contrastive.searching.build import Settings
     from dist_contrastive.searching.indexing import Options, index

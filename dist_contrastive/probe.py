@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from dist_contrastive import cli
+from dist_contrastive.run_folder.config import read_config
 
 PROG = "python -m dist_contrastive.probe"
 
@@ -35,6 +36,7 @@ class ProbeCommand:
 
 def main(argv: Sequence[str] | None = None) -> None:
     command = cli.parse(ProbeCommand, argv, prog=PROG, about=__doc__)
+    read_config(command.run)  # a folder that holds no run is refused at once
 
     from dist_contrastive.score import probe
 

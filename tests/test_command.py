@@ -20,7 +20,7 @@ from dist_contrastive.config import UserError
 from dist_contrastive.metrics import read_metrics
 from dist_contrastive.report import PLOT_NAMES
 from dist_contrastive.run import train
-from dist_contrastive.run_folder.trained import read_config
+from dist_contrastive.run_folder.config import read_config
 from dist_contrastive.train import parse
 from tests.harness import run_ranks
 from tests.runs import NUM_TEST, NUM_TRAIN, STEPS_PER_EPOCH, newest_checkpoint, write_dataset

@@ -68,6 +68,8 @@ LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
         ("train", [*TRAIN, "--launch.precision", "fp16", "--launch.device", "cpu"], 2, "fp16 needs a GPU"),
         ("probe", ["--help"], 0, "--checkpoint"),
         ("probe", ["{}/gone"], 2, "no run's folder"),
+        ("export", ["{}/gone"], 2, "no run's folder"),
+        ("index", ["{}/gone", "{}/tiny.beton", "{}/index"], 2, "no run's folder"),
         ("pack", ["--help"], 0, "--max-side"),
         ("pack", ["photos", "x.bet"], 2, "ends in .beton"),
         ("pack", ["folder:{}/gone", "x.beton"], 2, "there is no folder"),

@@ -19,7 +19,7 @@ from torch import Tensor
 from dist_contrastive.config import EncoderConfig, ProbeConfig, TrainConfig, UserError
 from dist_contrastive.methods import Method
 from dist_contrastive.methods.byol import BYOL, BYOLConfig
-from dist_contrastive.run_folder.trained import read_config
+from dist_contrastive.run_folder.config import read_config
 from dist_contrastive.trainer import build_method
 from dist_contrastive.weights import read_weights, start_from
 from tests.harness import RankError, run_ranks

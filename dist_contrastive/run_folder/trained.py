@@ -1,6 +1,5 @@
 """What a run leaves for those who use it: its config, how it sees images, its weights. Whatever reads a run does so here."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +10,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dist_contrastive.checkpoint import Checkpoint, CheckpointStore, Tensors, load_module, read_tensors, sha256_of
-from dist_contrastive.config import MethodConfig, TrainConfig, UserError, from_dict, require
+from dist_contrastive.config import TrainConfig, UserError, require
 from dist_contrastive.data.eval_view import EvalView
 from dist_contrastive.data.tokenizing import CaptionTokenizer, read_tokenizer
-from dist_contrastive.methods import METHODS, Method
+from dist_contrastive.methods import Method
 from dist_contrastive.methods.image_text import ImageText
-from dist_contrastive.run_folder.names import CHECKPOINTS, CONFIG, DONE, ENCODER, PROJECTOR, TEXT, TOKENIZER
+from dist_contrastive.run_folder.config import read_config
+from dist_contrastive.run_folder.names import CHECKPOINTS, DONE, ENCODER, PROJECTOR, TEXT, TOKENIZER
 from dist_contrastive.trainer import build_method
 
 FILES = {"encoder": ENCODER, "projector": PROJECTOR, "text": TEXT}
@@ -79,25 +79,6 @@ def parts_of(method: Method) -> Mapping[str, nn.Module]:
     """The modules of a method that are used after training, under the names of `FILES`."""
     parts: dict[str, nn.Module] = {"encoder": method.exported.body, "projector": method.exported_projector}
     return parts | ({"text": method.text_tower} if isinstance(method, ImageText) else {})
-
-
-def read_config(run: Path) -> TrainConfig:
-    """The config of a run's folder; `UserError` where there is none that this version reads."""
-    path = run / CONFIG
-    require(path.is_file(), f"{run} is no run's folder: it has no {CONFIG}")
-    try:
-        data = json.loads(path.read_bytes())
-        name = data["method"]["name"]
-        require(name in METHODS, f"{path} names method {name}; this version has {', '.join(METHODS)}")
-        method: type[MethodConfig] = METHODS[name].Config
-        config: TrainConfig = from_dict(TrainConfig, data, method)
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a config that training wrote ({error})") from error
-    return config
 
 
 def open_run(path: Path, *, checkpoint: int | None = None, or_newest: bool = False) -> TrainedRun:
