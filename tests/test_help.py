@@ -15,7 +15,7 @@ import pytest
 
 import benchmarks
 import dist_contrastive
-from dist_contrastive import cli, embed, export, index, pack, probe, stage, status, train
+from dist_contrastive import cli, embed, export, index, pack, probe, serve, stage, status, train
 from dist_contrastive.methods import METHODS
 from dist_contrastive.recipes import RECIPES, list_recipes, summary_of
 
@@ -52,6 +52,7 @@ ENTRY_POINTS = {
     "dist_contrastive.index": entry_point(index, index.IndexCommand),
     "dist_contrastive.probe": entry_point(probe, probe.ProbeCommand),
     "dist_contrastive.embed": entry_point(embed, embed.EmbedCommand),
+    "dist_contrastive.serve": entry_point(serve, serve.ServeCommand),
     "dist_contrastive.stage": entry_point(stage, stage.StageConfig),
     "dist_contrastive.status": entry_point(status, status.StatusCommand),
     **{name: entry_point(module, module.Command) for name, module in BENCHMARKS.items()},

@@ -21,7 +21,8 @@ LEVELS = {
     "methods": 2, "evaluation": 2,
     "checkpoint": 3, "metrics": 3, "step": 3, "report": 3, "run_folder": 3, "launch": 3, "progress": 3,
     "trainer": 3, "preflight": 3, "simulate": 3, "trial": 3, "weights": 3,
-    "recipes": 4, "run": 4, "dry_run": 4, "score": 4, "embedder": 4, "exporting": 4, "searching": 4, "vectors": 4,
+    "recipes": 4, "run": 4, "dry_run": 4, "score": 4, "embedder": 4, "exporting": 4, "searching": 4,
+    "service": 4, "vectors": 4,
     "train": 5, "pack": 5, "probe": 5, "stage": 5, "status": 5, "export": 5, "serve": 5, "study": 5, "index": 5, "embed": 5,
 }  # fmt: skip
 ENTRY_POINTS = 5
@@ -33,7 +34,9 @@ LATE = {
     "dist_contrastive.run_folder.trained",
 }  # fmt: skip
 # Packages that an installation may lack; these may be imported where they are used.
-OPTIONAL = {"deepspeed", "fastapi", "uvicorn", "onnx", "onnxruntime", "faiss", "pyarrow", "pymilvus"}
+OPTIONAL = {
+    "deepspeed", "fastapi", "starlette", "uvicorn", "prometheus_client", "onnx", "onnxruntime", "faiss", "pyarrow", "pymilvus",
+}  # fmt: skip
 
 
 def module_name(path: Path) -> str:

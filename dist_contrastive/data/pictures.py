@@ -5,6 +5,7 @@ scaled to 8 bits (65535 becomes 255); transparency is laid over white. Of an ani
 """
 
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -24,6 +25,10 @@ class NotAnImageError(BadImageError):
     """A file that neither its bytes nor its name call an image, such as a caption: it is passed over and counted."""
 
 
+class TooManyPixelsError(BadImageError):
+    """An image that is larger than is taken, by its header; nothing of it was decoded."""
+
+
 def read_rgb(path: Path | Member) -> Image.Image:
     """The image in a file, or in a member of a tar: decoded in full, upright, 8-bit RGB.
 
@@ -37,20 +42,42 @@ def read_rgb(path: Path | Member) -> Image.Image:
             raise no_image("empty file")
         # From a file object: what is opened by name is mapped into memory, where Pillow 13 reads an uncompressed TIFF that
         # lies on its side with width and height exchanged.
-        with path.open("rb") as file, Image.open(file, formats=FORMATS) as opened:
-            file_format = opened.format
-            return to_rgb(ImageOps.exif_transpose(opened), file_format)
+        with path.open("rb") as file:
+            return decode_rgb(file)
+    except NotAnImageError as error:
+        raise no_image(str(error)) from error
+    except BadImageError:
+        raise
+    except FileNotFoundError as error:  # a link to nowhere
+        raise no_image(f"unreadable: {error.strerror}") from error
+    except Exception as error:
+        raise BadImageError(_reason(error)) from error
+
+
+def decode_rgb(file: IO[bytes], max_pixels: int | None = None) -> Image.Image:
+    """The image in the bytes of `file`, as above; `NotAnImageError` where they are none, whatever they are called.
+
+    `TooManyPixelsError` where there are more than `max_pixels`, by the header (None: Pillow's own limit).
+    """
+    try:
+        with Image.open(file, formats=FORMATS) as opened:
+            width, height = opened.size
+            if max_pixels is not None and width * height > max_pixels:
+                raise TooManyPixelsError(f"{width} x {height} pixels, more than {max_pixels}")
+            return to_rgb(ImageOps.exif_transpose(opened), opened.format)
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
-        raise no_image(f"not an image ({', '.join(FORMATS)})") from error
-    except FileNotFoundError as error:  # a link to nowhere
-        raise no_image(f"unreadable: {error.strerror}") from error
+        raise NotAnImageError(f"not an image ({', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:
-        raise BadImageError(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from error
+        raise TooManyPixelsError(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from error
     except Exception as error:  # on damaged bytes Pillow's decoders raise whatever their parsing ran into
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-        raise BadImageError(f"unreadable: {' '.join(reason.split())}") from error
+        raise BadImageError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return f"unreadable: {' '.join(reason.split())}"
 
 
 def to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
