@@ -16,7 +16,7 @@ from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
 import dist_contrastive
 from dist_contrastive import distributed, rendezvous
-from dist_contrastive.config import LaunchConfig, TrainConfig, UserError, require
+from dist_contrastive.config import LaunchConfig, TrainConfig, UserError
 from dist_contrastive.preflight import (
     ACCELERATE_NAMES,
     ZeroLaunch,
@@ -25,6 +25,7 @@ from dist_contrastive.preflight import (
     check_devices,
     check_ranks,
     device_and_precision,
+    device_for_use,
     device_number,
     launched_ranks,
     zero_launch,
@@ -60,9 +61,7 @@ def connect_for_use(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
     `UserError` where there is no such device, or none for each rank.
     """
-    has_cuda = torch.cuda.is_available()
-    require(asked != "cuda" or has_cuda, "--device cuda: torch sees no CUDA device here")
-    wanted = LaunchConfig(device=asked if has_cuda else "cpu", precision="fp32")
+    wanted = LaunchConfig(device=device_for_use(asked), precision="fp32")
     kind, _ = device_and_precision(wanted)
     timeout = datetime.timedelta(minutes=wanted.timeout_minutes)
     _join(kind, timeout)

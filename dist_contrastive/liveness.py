@@ -105,6 +105,24 @@ def run_rank(main: Callable[[], object]) -> NoReturn:
     sys.exit(status)
 
 
+def finish(work: Callable[[], bool | None]) -> None:
+    """Do an entry point's `work`, which says False where it was stopped before its end, and leave the other ranks.
+
+    The process exits with the status of what was stopped where it was; after an error that nobody foresaw it stays in the
+    group, for `run_rank`.
+    """
+    try:
+        finished = work()
+    except (UserError, KeyboardInterrupt):
+        distributed.shut_down()
+        raise
+    distributed.shut_down()
+    # A launcher that restarts its ranks takes any status but 0 for a failure, and would not let them stop.
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if finished is False and not restarts:
+        sys.exit(cli.EXIT_STOPPED)
+
+
 def end_with_launcher() -> None:
     """From now on this process and its children end when the launcher that started it does, however that ended.
 

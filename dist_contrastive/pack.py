@@ -27,10 +27,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import Positional
 
 from dist_contrastive.cli import main_guard, parse
@@ -48,6 +47,7 @@ from dist_contrastive.data.format import (
     manifest_path,
 )
 from dist_contrastive.data.spec import FOLDER_KINDS, read_spec
+from dist_contrastive.progress import bar
 
 PROG = "python -m dist_contrastive.pack"
 NUM_LISTED = 20
@@ -153,13 +153,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if templates:
         source = with_templates(source, templates)
     options = CaptionOptions(config.max_tokens, config.vocabulary, config.tokenizer)
-    console = Console(stderr=True)
-    columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("packing", total=len(source.samples))
+    done = count(1)
+    with bar("packing") as tell:
         manifest = write_dataset(
             source, config.out_path, quality=config.quality, max_side=config.max_side, max_bad=config.max_bad,
-            workers=config.workers, captions=options, on_sample=lambda: progress.advance(task),
+            workers=config.workers, captions=options, on_sample=lambda: tell(next(done), len(source.samples)),
         )  # fmt: skip
     for bad in manifest.left_out[:NUM_LISTED]:
         print(f"left out: {bad.name}: {bad.reason}", file=sys.stderr)

@@ -8,6 +8,7 @@ import importlib.util
 import math
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -90,6 +91,13 @@ def check_ranks(config: TrainConfig, ranks: int) -> None:
         micro == "auto" or micro <= rank_batch,
         f"--batch.micro {micro}: a rank has {rank_batch} samples of a step; give at most that, or auto",
     )
+
+
+def device_for_use(asked: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """Where what uses a run and trains nothing computes, by its `--device`; `UserError` where this machine has no such."""
+    has_cuda = torch.cuda.is_available()
+    require(asked != "cuda" or has_cuda, "--device cuda: torch sees no CUDA device here")
+    return "cuda" if has_cuda and asked != "cpu" else "cpu"
 
 
 def device_and_precision(wanted: LaunchConfig) -> tuple[str, str]:

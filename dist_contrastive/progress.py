@@ -1,20 +1,32 @@
-"""What a person sees of a run: a live line on rank 0, or a plain line an epoch where there is no terminal."""
+"""What a person sees of a run: a live line on rank 0, or a plain line an epoch where there is no terminal; the bar of other
+commands."""
 
 import statistics
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 WARM_UP_STEPS = 3
 """First steps of a process, which compile and fill caches: they tell nothing of the time that is left."""
 TIMED_STEPS = 5
 """How many steps after them the time left is taken from at least."""
+
+
+@contextmanager
+def bar(what: str, *, visible: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Within the context, what is given shows how many are done, of how many, and the time left; where there is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not (visible and console.is_terminal)) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 class TrainingProgress:

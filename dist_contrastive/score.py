@@ -11,7 +11,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,6 +22,7 @@ from dist_contrastive.data.beton import Dataset, open_dataset
 from dist_contrastive.data.compiled import announced_compilation
 from dist_contrastive.data.resident import loader_of
 from dist_contrastive.evaluation.scorer import Scorer
+from dist_contrastive.preflight import device_for_use
 from dist_contrastive.progress import print_scores
 from dist_contrastive.run_folder.names import PROBE, PROBES
 from dist_contrastive.run_folder.trained import TrainedRun, open_run
@@ -30,12 +31,13 @@ SUM_DIGITS = 12
 """Of a dataset's SHA-256, how many name a file."""
 
 
-def probe(run: Path, *, checkpoint: int | None, data: Path | None, device_name: str) -> dict[str, Any]:
+def probe(
+    run: Path, *, checkpoint: int | None, data: Path | None, device_name: Literal["auto", "cpu", "cuda"]
+) -> dict[str, Any]:
     """Score the encoder of the run in folder `run`, write the scores there and return them; the options are the command's."""
     trained = open_run(run, checkpoint=checkpoint)
     config = trained.config
-    require(device_name != "cuda" or torch.cuda.is_available(), "--device cuda: torch sees no CUDA device here")
-    device = torch.device("cuda" if device_name != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device(device_for_use(device_name))
     dataset = open_dataset(data or config.data.path)
     reads_captions = _reads_captions(trained, dataset)
     require(

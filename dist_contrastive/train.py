@@ -20,12 +20,11 @@ ranks are those that were launched; --ranks N and --device cuda plan for N GPUs 
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dist_contrastive import cli, distributed, liveness, preflight, slurm
+from dist_contrastive import cli, liveness, preflight, slurm
 from dist_contrastive.config import TrainConfig, UserError
 from dist_contrastive.recipes import DEFAULT_RECIPE, build_recipe, list_recipes
 
@@ -80,24 +79,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not dry:
         preflight.check(config)
 
-    finished = True
-    try:
-        if dry:
-            from dist_contrastive.dry_run import dry_run
+    if dry:
+        from dist_contrastive.dry_run import dry_run
 
-            dry_run(config, dry.ranks)
-        else:
-            from dist_contrastive.run import train
+        liveness.finish(lambda: dry_run(config, dry.ranks))
+    else:
+        from dist_contrastive.run import train
 
-            finished = train(config)
-    except (UserError, KeyboardInterrupt):
-        distributed.shut_down()
-        raise
-    distributed.shut_down()
-    # A launcher that restarts its ranks takes any status but 0 for a failure, and would not let a run stop.
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if not finished and not restarts:
-        sys.exit(cli.EXIT_STOPPED)
+        liveness.finish(lambda: train(config))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from dist_contrastive.embedder import Embedder
 from dist_contrastive.evaluation.features import HostRows, extract
 from dist_contrastive.folder_lock import lock_folder
 from dist_contrastive.vectors import embedding, parts
-from dist_contrastive.vectors.embedding import Options
+from dist_contrastive.vectors.options import EmbedOptions
 from tests.betons import jpeg, open_loader, picture, write_beton
 from tests.harness import run_ranks
 from tests.runs import NUM_TEST, NUM_TRAIN, STEPS_PER_EPOCH, tiny_config, train_on_rank, write_dataset
@@ -187,7 +187,7 @@ def embed_on_rank(rank: int, config: TrainConfig, source: Path, out: Path, stop_
             signals.request("SIGTERM")
         return before(self, squares, batch_size)
 
-    options = Options(config.run_dir, source, out, None, batch_size=8, threads=1, device="cpu", split="all", max_bad=0)
+    options = EmbedOptions(run=config.run_dir, source=source, out=out, batch_size=8, threads=1, device="cpu", max_bad=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "PART_ITEMS", PART)
         patch.setattr(Embedder, "of_squares", counting)

@@ -71,9 +71,6 @@ class Settings:
             f"--pictures {self.picture_size}: give 16 to 1024, or 0 for none",
         )
 
-    def without_pictures(self) -> "Settings":
-        return replace(self, picture_size=0)
-
 
 class IndexWriter:
     """Writes a new index, or more vectors into one: use it in a `with` block, `add` what there is, and `commit`.

@@ -1,56 +1,35 @@
 """What `index` does: images or vectors into an index on disk, and from there, where that is wanted, into an engine."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dist_contrastive.config import require
 from dist_contrastive.data.compiled import announced_compilation
 from dist_contrastive.embedder import Embedder
+from dist_contrastive.preflight import device_for_use
+from dist_contrastive.progress import bar
 from dist_contrastive.run_folder.trained import TrainedRun, open_run
 from dist_contrastive.searching import milvus, vector_table
 from dist_contrastive.searching.build import IndexWriter, Settings, delete, require_same
-from dist_contrastive.searching.index_file import Encoder, Facts, Output, SearchIndex, Source, read_facts
-from dist_contrastive.vectors.source import BadImages, Split, open_vector_source
+from dist_contrastive.searching.index_file import Encoder, Facts, SearchIndex, Source, read_facts
+from dist_contrastive.searching.options import NOTHING, IndexOptions
+from dist_contrastive.searching.structures import Parameters
+from dist_contrastive.vectors.source import BadImages, open_vector_source
 
 JPEG_QUALITY = 85
 
 
-@dataclass(frozen=True)
-class Options:
-    """See `IndexCommand`."""
-
-    run: Path
-    source: Path | None
-    out: Path
-    output: Output
-    add: bool
-    delete: tuple[int, ...]
-    to: str
-    settings: Settings
-    checkpoint: int | None
-    batch_size: int
-    threads: int
-    device: Literal["auto", "cpu", "cuda"]
-    split: Split
-    max_bad: int
-
-
-def index(options: Options) -> None:
+def index(options: IndexOptions) -> None:
     """Build, add, delete and send, as far as each is asked for, in this order; every error of a user is one line."""
     uri = milvus.uri_of(options.to) if options.to else ""
     run = open_run(options.run, checkpoint=options.checkpoint)
     encoder = Encoder.of(run, options.output)
-    if options.source is None:
+    if options.source == NOTHING:
         require_same(read_facts(options.out), encoder, options.out)
     elif options.source.suffix == ".parquet":
         _index_table(options, options.source, encoder)
@@ -60,19 +39,14 @@ def index(options: Options) -> None:
         facts = delete(options.out, np.array(options.delete, np.int64))
         _say(f"{options.out}: {len(set(options.delete)):,} deleted, {facts.num_vectors:,} left")
     if uri:
-        with SearchIndex(options.out) as found, _bar("sending") as tell:
+        with SearchIndex(options.out) as found, bar("sending") as tell:
             name = milvus.send(found, uri, tell)
             num = len(found)
         _say(f"{options.to}: collection {name} has the {num:,} vectors, by cosine")
 
 
-def _index_images(options: Options, path: Path, run: TrainedRun, encoder: Encoder) -> None:
-    require(
-        options.device != "cuda" or torch.cuda.is_available(),
-        "--device cuda: this machine has no GPU that torch can use",
-    )
-    on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if on_gpu else "cpu")
+def _index_images(options: IndexOptions, path: Path, run: TrainedRun, encoder: Encoder) -> None:
+    device = torch.device(device_for_use(options.device))
     with announced_compilation(_say):
         source = open_vector_source(path, run.config, split=options.split, threads=options.threads, device=device)
     with source:
@@ -88,7 +62,7 @@ def _index_images(options: Options, path: Path, run: TrainedRun, encoder: Encode
         writer = _writer(options, encoder, dimension, Source(path.name, source.identity), source.classes)
         with writer, torch.inference_mode():
             first, known = writer.next_id, writer.known_paths()
-            with _bar("embedding") as tell:
+            with bar("embedding") as tell:
                 for chunk in source.chunks(range(source.num_items), options.batch_size):
                     bad.add(chunk.bad)
                     paths = chunk.paths
@@ -103,7 +77,7 @@ def _index_images(options: Options, path: Path, run: TrainedRun, encoder: Encode
         _say(f"left out: {len(bad.found) - 3} more that can't be read")
 
 
-def _index_table(options: Options, path: Path, encoder: Encoder) -> None:
+def _index_table(options: IndexOptions, path: Path, encoder: Encoder) -> None:
     """Vectors that `embed` wrote: nothing is encoded."""
     require(
         options.split == "all", f"--split {options.split}: {path} holds vectors, which have no splits; leave it out"
@@ -114,7 +88,7 @@ def _index_table(options: Options, path: Path, encoder: Encoder) -> None:
     with _writer(options, encoder, table.dimension, table.source, table.classes, pictures=False) as writer:
         first, known = writer.next_id, writer.known_paths()
         done = 0
-        with _bar("reading") as tell:
+        with bar("reading") as tell:
             for rows in table.rows():
                 _require_new(rows.paths or (), known, options.out)
                 writer.add(first + rows.indices, rows.vectors, rows.labels, rows.paths)
@@ -124,7 +98,7 @@ def _index_table(options: Options, path: Path, encoder: Encoder) -> None:
 
 
 def _writer(
-    options: Options,
+    options: IndexOptions,
     encoder: Encoder,
     dimension: int,
     source: Source,
@@ -132,14 +106,17 @@ def _writer(
     *,
     pictures: bool = True,
 ) -> IndexWriter:
-    settings = options.settings if pictures else options.settings.without_pictures()
+    parameters = Parameters(options.links, options.build_effort, options.lists, options.code_bytes)
+    settings = Settings(
+        options.kind, options.recall, options.memory_gib, parameters, options.pictures if pictures else 0
+    )
     return IndexWriter(
         options.out, encoder, dimension, settings, source=source, classes=classes, to_old=options.add
     )  # fmt: skip
 
 
 def _commit(writer: IndexWriter, out: Path) -> None:
-    with _bar("inserting") as tell:
+    with bar("inserting") as tell:
         facts = writer.commit(_say, tell)
     _say(f"{out}: {described(facts)}")
 
@@ -171,16 +148,6 @@ def _pictures(squares: torch.Tensor, size: int) -> list[bytes]:
         picture.save(file, "JPEG", quality=JPEG_QUALITY)
         found.append(file.getvalue())
     return found
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Within the context, what is given shows how many are done, of how many; where there is a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _say(text: str) -> None:

@@ -5,14 +5,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dist_contrastive import distributed, liveness, signals
 from dist_contrastive.config import LaunchConfig, require
@@ -20,30 +18,17 @@ from dist_contrastive.data.compiled import announced_compilation
 from dist_contrastive.embedder import Embedder
 from dist_contrastive.evaluation.features import HostRows
 from dist_contrastive.launch import connect_for_use
+from dist_contrastive.progress import bar
 from dist_contrastive.run_folder.trained import TrainedRun, open_run
+from dist_contrastive.vectors.options import EmbedOptions, Split
 from dist_contrastive.vectors.parts import PartNote, Parts, Vectors, merged
-from dist_contrastive.vectors.source import BadImages, Chunk, Split, VectorSource, open_vector_source
+from dist_contrastive.vectors.source import BadImages, Chunk, VectorSource, open_vector_source
 
 NUM_LISTED = 20
 """Lines about images that were left out; the parts name all."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What `embed` is asked for."""
-
-    run: Path
-    source: Path
-    out: Path
-    checkpoint: int | None
-    batch_size: int
-    threads: int
-    device: Literal["auto", "cpu", "cuda"]
-    split: Split
-    max_bad: int
-
-
-def embed(options: Options) -> bool:
+def embed(options: EmbedOptions) -> bool:
     """Do it, or go on with it; whether it came to its end (or else was stopped, and the same command goes on)."""
     device = connect_for_use(options.device)
     kept = "and keeps the parts that are done"
@@ -58,7 +43,7 @@ def embed(options: Options) -> bool:
     return True
 
 
-def _open(options: Options, device: torch.device) -> tuple[TrainedRun, VectorSource]:
+def _open(options: EmbedOptions, device: torch.device) -> tuple[TrainedRun, VectorSource]:
     run = open_run(options.run, checkpoint=options.checkpoint)
     say = print if distributed.is_main() else str
     with announced_compilation(say), liveness.busy(f"reads {options.source}"):
@@ -79,7 +64,7 @@ def about(run: TrainedRun, source: VectorSource, split: Split) -> dict[str, Any]
     }
 
 
-def _embed(options: Options, run: TrainedRun, source: VectorSource, device: torch.device) -> None:
+def _embed(options: EmbedOptions, run: TrainedRun, source: VectorSource, device: torch.device) -> None:
     identities = distributed.gather_objects(source.identity)
     require(len(set(identities)) == 1, f"{source.path} is not the same on all ranks; give a place that all of them see")
     embedder = distributed.together(lambda: Embedder(run).to(device))
@@ -124,18 +109,17 @@ def write_parts(
 ) -> dict[int, PartNote]:
     """Make and write the parts with these `numbers`; their notes."""
     notes = {}
-    console = Console(stderr=True)
     ranges = [parts.ranges[number] for number in numbers]
-    columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = not (console.is_terminal and distributed.is_main())
+    done, total = 0, sum(map(len, ranges))
     compiling = announced_compilation(print) if distributed.is_main() else nullcontext()
-    with compiling, Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        task = progress.add_task("", total=sum(map(len, ranges)))
+    with compiling, bar("embedding", visible=distributed.is_main()) as tell:
 
         def advance(chunk: Chunk) -> None:
+            nonlocal done
             signals.give_way()
             bad.add(chunk.bad)
-            progress.advance(task, len(chunk.items))
+            done += len(chunk.items)
+            tell(done, total)
 
         written: Future[None] | None = None
         # A part goes to the disk while the next one is made.

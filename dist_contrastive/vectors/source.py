@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -32,8 +32,8 @@ from dist_contrastive.data.format import TEST, TRAIN, LeftOut
 from dist_contrastive.data.loader import Batches, Loader, fair_threads
 from dist_contrastive.data.packing import too_many
 from dist_contrastive.data.pictures import BadImageError, NotAnImageError, read_rgb
+from dist_contrastive.vectors.options import Split
 
-Split = Literal["all", "train", "test"]
 PIECE = 16
 """Images of a folder that a thread takes at once."""
 PIECES_AHEAD = 3
