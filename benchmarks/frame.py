@@ -33,7 +33,7 @@ from dist_contrastive.atomic import write_atomic
 from dist_contrastive.cli import parse, speaks_for_host
 from dist_contrastive.config import UserError, require
 from dist_contrastive.launch import source_commit
-from dist_contrastive.preflight import PRECISIONS, launched_ranks
+from dist_contrastive.preflight import PRECISIONS, device_for_use, launched_ranks
 from dist_contrastive.report.style import BLUE, CLASS_COLORS, GREY, STYLE, WIDTH, new_figure
 from dist_contrastive.simulate import Precision
 
@@ -82,9 +82,7 @@ def at_least(command: Options, least: float, *names: str) -> None:
 
 def choose_device(asked: Literal["auto", "cpu", "cuda"]) -> torch.device:
     """The device of this rank; `UserError` where a GPU is asked for and there is none."""
-    available = torch.cuda.is_available()
-    require(asked != "cuda" or available, "--device cuda: this machine has no GPU that torch can use")
-    if asked == "cpu" or not available:
+    if device_for_use(asked) == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 

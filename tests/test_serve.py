@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import serve as benchmark
 from dist_contrastive import cli, serve
 from dist_contrastive.exporting.model import ExportedModel
 from dist_contrastive.run_folder.names import DONE
@@ -384,3 +385,38 @@ def test_what_can_not_be_served_is_refused_in_one_line(
     assert "another encoder" in refused(exported.run, "--index", changed.neighbours)
     assert "no index" in refused(exported.run, "--index", tmp_path)
     assert "--max-queue" in refused(exported.run, "--max-queue", 0)
+
+
+def test_the_benchmark_counts_answers_of_both_ways_and_memory(exported: Exported, tmp_path: Path) -> None:
+    words = (
+        "--clients",
+        1,
+        4,
+        "--seconds",
+        0.5,
+        "--rounds",
+        1,
+        "--side",
+        24,
+        "--soak-minutes",
+        0.02,
+        "--out",
+        tmp_path,
+    )
+    benchmark.main([str(exported.export), *(str(word) for word in words)])
+    found = json.loads((tmp_path / "serve.json").read_text())
+    values = {(one["case"], one["contender"], one["metric"]): one["values"] for one in found["series"]}
+    cases = [*((case, way) for case in ("1 client", "4 clients") for way in benchmark.OPTIONS)]
+    for case in (*cases, ("4 clients, 0.02 min", benchmark.TOGETHER)):
+        assert min(values[*case, benchmark.REQUESTS]) > 0
+        assert max(values[*case, benchmark.FAILED]) == 0
+        quantiles = [values[*case, name][0] for name in benchmark.QUANTILES]
+        assert 0 < quantiles[0] <= quantiles[1] <= quantiles[2]
+    assert min(values["4 clients, 0.02 min", benchmark.TOGETHER, benchmark.MEMORY]) > 10
+    assert (tmp_path / "memory.png").exists()
+
+
+def test_the_benchmark_counts_what_failed(exported: Exported, service: Running, client: httpx.Client) -> None:
+    answers = benchmark.ask(service.address[1], benchmark.similarity_request([b"x", b"x"]), 2, 0.2)
+    assert answers.num_failed == len(answers.seconds) > 0
+    assert answers.per_s == 0

@@ -52,7 +52,7 @@ class ExportedModel:
         require_packages("onnxruntime")
         import onnxruntime
 
-        self.folder, self.facts = folder, _read_facts(folder)
+        self.folder, self.facts = folder, read_facts(folder)
         _require_unaltered(folder, self.facts["files"])
         there = onnxruntime.get_available_providers()
         self.provider = next(name for name in PROVIDERS if name in there)
@@ -138,7 +138,7 @@ def open_session(
     return onnxruntime.InferenceSession(content, options, providers=providers)
 
 
-def _read_facts(folder: Path) -> dict[str, Any]:
+def read_facts(folder: Path) -> dict[str, Any]:
     path = folder / FACTS
     require(
         path.is_file(), f"{folder} is no export: it has no {FACTS}; python -m dist_contrastive.export RUN makes one"
