@@ -88,9 +88,10 @@ def _use(config: TrainConfig, device: str) -> None:
     launch = config.launch
     check_device_options(launch, device)
     check_compiled(config, launched_ranks())
-    # Products by the older setter, which sets both: torch refuses to be asked in its older words what was said in the newer.
+    # By the older setters, which set both: torch refuses to be asked in its older words what was said in the newer, and asks so
+    # itself while it exports a model.
     torch.set_float32_matmul_precision("high" if launch.tf32 else "highest")
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if launch.tf32 else "ieee"  # type: ignore[attr-defined]
+    torch.backends.cudnn.allow_tf32 = launch.tf32
     torch.backends.cudnn.benchmark = launch.cudnn_benchmark
     if launch.expandable_segments:
         # Not by PYTORCH_CUDA_ALLOC_CONF, which is read before anyone has asked for anything; before the first tensor it is
