@@ -374,8 +374,9 @@ class Batches(Iterator[Batch]):
         loader = self._loader
         while self._steps and len(self._pending) < loader.data.batches_ahead:
             samples = np.array(self._samples(self._steps.popleft()), dtype=np.int64)  # a copy: the batch's own
-            begun = loader.start(self._crops, samples)
+            # Before compiled code, which doesn't check them, sees the samples: numbers that there are none of raise here.
             labels, indices = torch.from_numpy(loader.dataset.labels[samples]), torch.from_numpy(samples)
+            begun = loader.start(self._crops, samples)
             text = None if self._text is None else loader.tensor(self._text(indices))
             of_samples = Samples(loader.tensor(labels), loader.tensor(indices), self._crops.epoch)
             self._pending.append((of_samples, text, begun))
