@@ -1,6 +1,7 @@
 """The int8 form of an image graph: static quantization in QDQ form, layer by layer, by ONNX Runtime's own quantizer.
 
-A layer is a convolution, a linear map, or, in a convolutional network, a sum or a maximum of maps, with the ReLU after it.
+Before that, channels that share a scale are made alike in range (`equalize`). A layer is a convolution, a linear map, or, in a
+convolutional network, a sum or a maximum of maps, with the ReLU after it.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dist_contrastive.exporting.equalize import equalized
 from dist_contrastive.exporting.preprocessing import PIXELS
 
 if TYPE_CHECKING:
@@ -45,8 +47,8 @@ class Int8:
 
     def __init__(self, graph: "onnx.ModelProto", pixels: Sequence[np.ndarray], *, full_range: bool) -> None:
         """`pixels`: batches float32 [b, 3, S, S] to calibrate on."""
-        self._graph, self.full_range = graph, full_range
-        self.layers = _layers(graph)
+        self._graph, self.full_range = equalized(graph, pixels), full_range
+        self.layers = _layers(self._graph)
         self._types = sorted({node.op_type for node in graph.graph.node} & {*WITH_WEIGHTS, *OF_MAPS, RELU})
         self._ranges = self._calibrated(pixels)
 
