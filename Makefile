@@ -44,7 +44,7 @@ serve: setup
 
 # Two at a time, a file's tests one after the other; the longest file first.
 test: lint types
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 quick: lint types
 	$(BIN)/python -m pytest -m 'not processes' -p no:cacheprovider

@@ -8,6 +8,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import zlib
 from collections.abc import Iterator
@@ -366,6 +367,9 @@ def test_what_can_not_be_served_is_refused_in_one_line(
         (line,) = errors.splitlines()
         return line
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "uvicorn", None)
+        assert "uvicorn is not installed: pip install" in refused(exported.run)
     assert "give another --port" in refused(exported.run, "--port", service.address[1])
     run = tmp_path / "run"
     shutil.copytree(exported.run, run)

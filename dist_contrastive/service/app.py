@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dist_contrastive import __version__
-from dist_contrastive.config import UserError, require
+from dist_contrastive.config import require
 from dist_contrastive.data.eval_view import EvalView
 from dist_contrastive.searching.index_file import Found, SearchIndex
 from dist_contrastive.service.batching import Batcher, Model
@@ -217,13 +217,10 @@ class Service:
         return rows
 
     def _build(self) -> App:
-        try:
-            from fastapi import FastAPI, Request
-            from fastapi.responses import JSONResponse, Response
-            from starlette.exceptions import HTTPException
-            from starlette.middleware.cors import CORSMiddleware
-        except ImportError as error:
-            raise UserError("serve needs fastapi: pip install 'dist_contrastive[serve]'") from error
+        from fastapi import FastAPI, Request
+        from fastapi.responses import JSONResponse, Response
+        from starlette.exceptions import HTTPException
+        from starlette.middleware.cors import CORSMiddleware
 
         @asynccontextmanager
         async def lifespan(app: Any) -> AsyncIterator[None]:

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from dist_contrastive.config import UserError
-
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -16,10 +14,8 @@ class ServiceMetrics:
     """
 
     def __init__(self) -> None:
-        try:
-            import prometheus_client as prometheus
-        except ImportError as error:
-            raise UserError("serve needs prometheus-client: pip install 'dist_contrastive[serve]'") from error
+        import prometheus_client as prometheus
+
         self._generate = prometheus.generate_latest
         self._registry = prometheus.CollectorRegistry()
         self.in_flight = 0

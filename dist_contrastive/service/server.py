@@ -14,12 +14,14 @@ from typing import Any
 from dist_contrastive.config import UserError, require
 from dist_contrastive.exporting.model import ExportedModel
 from dist_contrastive.exporting.names import FACTS
+from dist_contrastive.exporting.packages import require_packages
 from dist_contrastive.run_folder.names import CONFIG, DONE, EXPORT
 from dist_contrastive.searching.index_file import SearchIndex
 from dist_contrastive.service.app import Served, Service, require_same_encoder
 from dist_contrastive.service.limits import Limits
 
 BACKLOG = 512
+PACKAGES = ("onnxruntime", "fastapi", "uvicorn", "prometheus_client", "python_multipart")
 GRACE_S = 5.0
 """What clients get, beyond a request's own time, to take their answers when the service ends."""
 
@@ -28,6 +30,7 @@ def serve(
     folder: Path, *, index: Path | None, host: str, port: int, int8: bool | None, threads: int, limits: Limits
 ) -> None:
     """Answer requests until SIGTERM or SIGINT, then finish those under way."""
+    require_packages(*PACKAGES)
     model = ExportedModel(export_folder(folder), int8=int8, threads=threads)
     opened = None if index is None else SearchIndex(index)
     if opened is not None:
@@ -73,11 +76,8 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def _run(service: Service, listener: socket.socket, line: str, limits: Limits) -> None:
-    try:
-        import uvicorn
-        from uvicorn.protocols.http.h11_impl import H11Protocol
-    except ImportError as error:
-        raise UserError("serve needs uvicorn: pip install 'dist_contrastive[serve]'") from error
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Protocol(H11Protocol):
         """Hangs up on who takes too long to send a request's head, which uvicorn awaits without end."""
