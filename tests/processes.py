@@ -24,16 +24,28 @@ def _definitions(module: Path) -> dict[str, ast.AST]:
 
 
 @cache
-def starts_processes(module: Path, name: str) -> bool:
-    """Whether what `module` calls `name`, or anything that it uses, starts a process."""
-    if name in STARTERS:
-        return True
+def _uses(module: Path, name: str) -> frozenset[tuple[Path, str]]:
+    """What `module` names in what it calls `name`, and where that is looked up."""
     node = _definitions(module).get(name)
     if node is None:
-        return False
+        return frozenset()
     if isinstance(node, ast.ImportFrom):
         other = FOLDER.parent / f"{str(node.module).replace('.', '/')}.py"
-        return other.exists() and starts_processes(other, name)
+        return frozenset({(other, name)} if other.exists() else ())
     used = {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
     used |= {argument.arg for child in ast.walk(node) if isinstance(child, ast.arguments) for argument in child.args}
-    return any(starts_processes(module, other) for other in used - {name})
+    return frozenset((module, other) for other in used)
+
+
+@cache
+def starts_processes(module: Path, name: str) -> bool:
+    """Whether what `module` calls `name`, or anything that it uses, starts a process."""
+    seen, waiting = set(), [(module, name)]
+    while waiting:
+        found = waiting.pop()
+        if found[1] in STARTERS:
+            return True
+        if found not in seen:  # functions may use one another
+            seen.add(found)
+            waiting.extend(_uses(*found))
+    return False

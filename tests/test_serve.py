@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import random
 import shutil
 import socket
 import struct
@@ -19,6 +18,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks import serve as benchmark
@@ -220,23 +221,38 @@ def test_too_much_is_refused_with_a_sentence(client: httpx.Client) -> None:
     assert_refused(client.post("/embed", content=iter([bytes(2**19)] * 3)), 413, "bytes")  # its length not told
 
 
-def test_a_thousand_random_bodies_are_answered_in_form(client: httpx.Client) -> None:
-    draw = random.Random(0)
-    good = encoded(picture(20, 20, 1), "JPEG")
-    request = client.build_request("POST", "/similarity", files={"a": good, "b": good})
-    whole, form = request.read(), request.headers["content-type"]
-    page = json.dumps({"a": base64.b64encode(good).decode(), "b": "", "output": "feature"}).encode()
-    for number in range(1000):
-        path = draw.choice(["/similarity", "/embed", "/search"])
-        kind = draw.choice([form, "application/json", "multipart/form-data; boundary=\x7f", "multipart/form-data"])
-        body = bytearray(draw.choice([whole, page, draw.randbytes(draw.randrange(300))]))
-        for _ in range(draw.randrange(8) if body else 0):
-            body[draw.randrange(len(body))] = draw.randrange(256)
-        body = body[: draw.randrange(len(body) + 1)] if draw.random() < 0.3 else body
-        answer = client.post(path, content=bytes(body), headers={"content-type": kind.replace("\x7f", "x")})
-        assert answer.status_code in (200, 413, 415, 422), (number, answer.text)
-        if answer.status_code != 200:
-            assert_refused(answer, answer.status_code)
+GOOD = encoded(picture(20, 20, 1), "JPEG")
+REQUEST = httpx.Request("POST", "http://service/similarity", files={"a": GOOD, "b": GOOD})
+FORM = REQUEST.headers["content-type"]
+BODIES = {
+    FORM: REQUEST.read(),
+    "application/json": json.dumps({"a": base64.b64encode(GOOD).decode(), "b": "", "output": "feature"}).encode(),
+}
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[str, str, bytes]:
+    """A path, a content type, and a body: of that type and then damaged, of another, or of any bytes."""
+    form = draw(st.sampled_from([*BODIES, "multipart/form-data; boundary=x", "multipart/form-data", "text/plain"]))
+    body = bytearray(draw(st.sampled_from([BODIES.get(form, b""), *BODIES.values()]) | st.binary(max_size=300)))
+    places = st.integers(0, max(0, len(body) - 1))
+    for place, value in draw(st.lists(st.tuples(places, st.integers(0, 255)), max_size=8)) if body else ():
+        body[place] = value
+    end = draw(st.none() | places)
+    return draw(st.sampled_from(["/similarity", "/embed", "/search"])), form, bytes(body[:end])
+
+
+@settings(
+    max_examples=1000, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+@given(asked=requests())
+def test_a_thousand_random_bodies_are_answered_in_form(client: httpx.Client, asked: tuple[str, str, bytes]) -> None:
+    path, form, body = asked
+    answer = client.post(path, content=body, headers={"content-type": form})
+    assert answer.status_code in (200, 413, 415, 422), answer.text
+    if answer.status_code != 200:
+        assert_refused(answer, answer.status_code)
 
 
 def test_slow_clients_are_hung_up_on(service: Running, client: httpx.Client) -> None:
