@@ -7,6 +7,7 @@ convolutional network, a sum or a maximum of maps, with the ReLU after it.
 import contextlib
 import io
 import logging
+import math
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ class Layer:
     """As the run's method calls it."""
     nodes: tuple[str, ...]
     """Of the graph."""
+    num_weights: int
 
 
 class Int8:
@@ -104,7 +106,7 @@ class Int8:
 
 def _layers(graph: "onnx.ModelProto") -> list[Layer]:
     nodes = list(graph.graph.node)
-    constants = {tensor.name for tensor in graph.graph.initializer}
+    constants = {tensor.name: math.prod(tensor.dims) for tensor in graph.graph.initializer}
     readers: dict[str, list[Any]] = {}
     for node in nodes:
         for value in node.input:
@@ -114,7 +116,7 @@ def _layers(graph: "onnx.ModelProto") -> list[Layer]:
     found: dict[str, Layer] = {}
     for node in nodes:
         of_weights = node.op_type in WITH_WEIGHTS and node.input[1] in constants
-        of_maps = has_maps and node.op_type in OF_MAPS and not set(node.input) & constants
+        of_maps = has_maps and node.op_type in OF_MAPS and not set(node.input) & constants.keys()
         if not (of_weights or of_maps):
             continue
         name = _name(node)
@@ -122,7 +124,7 @@ def _layers(graph: "onnx.ModelProto") -> list[Layer]:
             name = f"{name} ({node.name})"
         after = readers.get(node.output[0], [])
         relu = [after[0].name] if len(after) == 1 and after[0].op_type == RELU else []
-        found[name] = Layer(name, (node.name, *relu))
+        found[name] = Layer(name, (node.name, *relu), constants[node.input[1]] if of_weights else 0)
     return list(found.values())
 
 

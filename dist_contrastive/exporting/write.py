@@ -276,14 +276,16 @@ class _Export:
         few = self._images.test[:256]
         expected = self._by_torch(few)
 
-        def damage(layer: str) -> float:
-            others = [other.name for other in forms.layers if other.name != layer]
-            found = self._by_graph(forms.form(others), few)
-            return sum(float((unit(found[name]) - unit(expected[name])).norm()) for name in (FEATURE, EMBEDDING))
+        layers = {layer.name: layer for layer in forms.layers}
+        num_weights = sum(layer.num_weights for layer in forms.layers)
 
-        found = search(
-            [layer.name for layer in forms.layers], measure, damage, lambda tried: failures(tried, scores["torch"])
-        )
+        def damage(layer: str) -> float:
+            """For what the layer in fp32 costs: its share of the layers and of the weights."""
+            found = self._by_graph(forms.form([other for other in layers if other != layer]), few)
+            by = sum(float((unit(found[name]) - unit(expected[name])).norm()) for name in (FEATURE, EMBEDDING))
+            return by / (1 / len(layers) + layers[layer].num_weights / num_weights)
+
+        found = search(list(layers), measure, damage, lambda tried: failures(tried, scores["torch"]))
         facts = {
             "layers": len(forms.layers), "full_range": forms.full_range,
             "tried": [{"in_fp32": len(entry.in_fp32), **entry.scores} for entry in found.tried],
@@ -303,7 +305,7 @@ class _Export:
             f"{size / full:.2f} of the size"
         )
         if best.in_fp32:
-            self._say(f"in fp32 stay, as they do most damage: {', '.join(best.in_fp32)}")
+            self._say(f"in fp32 stay, as they do most damage for their size: {', '.join(best.in_fp32)}")
         self._say(
             f"this processor has {instructions}, by which int8 layers can be quicker; python -m benchmarks.export measures it"
             if instructions
