@@ -381,10 +381,11 @@ def measure(
     effort, found = 0, 0.0
     times: list[float] = []
     for effort in structures.efforts(kind, structure):
+        finder = structures.Finder(kind, structure, effort, only)
         times, hits = [], 0
         for query, expected in zip(queries, exact, strict=True):
             begin = time.perf_counter()
-            _, scores = nearest(kind, structure, vectors, query[None], k, effort, only)
+            _, scores = nearest(finder, vectors, query[None], k)
             times.append(time.perf_counter() - begin)
             hits += int((scores[0] >= expected - SAME).sum())
         found = hits / (k * len(queries))

@@ -281,7 +281,8 @@ class SearchIndex:
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             raise UserError(f"{self.path} can't be read ({error})") from error
         self._picture_starts = np.cumsum([0, *(file.num_bytes for file in pictures)])[:-1]
-        self._only = None if self.items.alive.all() or facts.kind == "ivfpq" else structures.selector(self.items.alive)
+        only = None if self.items.alive.all() or facts.kind == "ivfpq" else structures.selector(self.items.alive)
+        self._finder = structures.Finder(facts.kind, self.structure, facts.effort, only)
         rows = np.flatnonzero(self.items.alive)
         order = np.argsort(self.items.ids[rows], kind="stable")
         self._rows_by_id = rows[order]
@@ -300,9 +301,7 @@ class SearchIndex:
         if k < 1:
             raise ValueError(f"k is {k}: ask for 1 neighbour or more")
         structures.one_thread()
-        rows, scores = nearest(
-            self.facts.kind, self.structure, self.vectors, wanted, min(k, len(self)), self.facts.effort, self._only
-        )
+        rows, scores = nearest(self._finder, self.vectors, wanted, min(k, len(self)))
         missing = rows < 0
         ids = np.where(missing, MISSING, self.items.ids[rows])
         labels = None if self.items.labels is None else np.where(missing, MISSING, self.items.labels[rows])
@@ -344,16 +343,14 @@ class SearchIndex:
 
 
 def nearest(
-    kind: Kind, structure: Any, vectors: np.ndarray, queries: np.ndarray, k: int, effort: int, only: Any = None
+    finder: structures.Finder, vectors: np.ndarray, queries: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows int64 [q, k] (-1: no more) and cosines float32 [q, k] of the nearest of `vectors` that a structure finds."""
     found_rows = np.full((len(queries), k), MISSING, np.int64)
     found_scores = np.full((len(queries), k), -np.inf, np.float32)
-    num = min(structures.num_candidates(kind, k), len(vectors))
-    for place, (line, query) in enumerate(
-        zip(structures.candidates(kind, structure, queries, num, effort, only), queries, strict=True)
-    ):
-        scores = np.vecdot(vectors[line], query)
+    num = min(structures.num_candidates(finder.kind, k), len(vectors))
+    for place, line in enumerate(finder.candidates(queries, num)):
+        scores = np.vecdot(vectors[line], queries[place])
         if line[-1] < 0:  # there were fewer
             scores[line < 0] = -np.inf
         best = (-scores).argsort(kind="stable")[:k]
@@ -366,18 +363,17 @@ def unit_vectors(vectors: np.ndarray | Tensor, dimension: int) -> np.ndarray:
 
     `ValueError` where they are of another dimension or not finite.
     """
-    values = np.asarray(vectors.detach().cpu() if isinstance(vectors, Tensor) else vectors, np.float32)
+    values = np.asarray(vectors.detach().cpu() if isinstance(vectors, Tensor) else vectors)
     if values.ndim != 2 or values.shape[1] != dimension:
         raise ValueError(f"vectors are [n, {dimension}], not {list(values.shape)}")
-    with np.errstate(over="ignore", invalid="ignore"):  # which is seen in what comes of it
-        lengths = np.sqrt(np.vecdot(values, values))
-    if not ((lengths > 1e-15) & (lengths < 1e15)).all():
-        if not np.isfinite(values).all():
-            raise ValueError("vectors are not finite")
-        # Squares of large values overflow, those of small ones vanish.
-        values = values / np.maximum(np.abs(values).max(1, keepdims=True), np.finfo(np.float32).tiny)
-        lengths = np.sqrt(np.vecdot(values, values))
-    return np.ascontiguousarray(values / np.where(lengths == 0, 1, lengths)[:, None], np.float32)
+    wide = values.astype(np.float32, copy=False).astype(
+        np.float64
+    )  # in which no square of a float32 overflows or vanishes
+    lengths = np.sqrt(np.vecdot(wide, wide))
+    if not np.isfinite(lengths).all():
+        raise ValueError("vectors are not finite")
+    lengths[lengths == 0] = 1
+    return (wide / lengths[:, None]).astype(np.float32)
 
 
 def is_index(path: Path) -> bool:

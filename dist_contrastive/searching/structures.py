@@ -162,17 +162,29 @@ def selector(alive: np.ndarray) -> Any:
     return load_faiss().IDSelectorBitmap(np.packbits(alive, bitorder="little"))
 
 
-def candidates(kind: Kind, structure: Any, queries: np.ndarray, num: int, effort: int, only: Any) -> Rows:
-    """Rows int64 [q, num] that may be the nearest of `queries` float32 [q, d]; -1 where there are no more."""
-    faiss = load_faiss()
-    if kind == "flat":
-        parameters = faiss.SearchParameters(sel=only)
-    elif kind == "hnsw":
-        parameters = faiss.SearchParametersHNSW(sel=only, efSearch=max(effort, num))
-    else:
-        parameters = faiss.SearchParametersIVF(nprobe=effort)
-    found: Rows = structure.search(queries, num, params=parameters)[1]
-    return found
+class Finder:
+    """Finds candidates in a structure, with one effort. Threads may share it."""
+
+    def __init__(self, kind: Kind, structure: Any, effort: int, only: Any = None) -> None:
+        """`only`: a `selector` of the rows that are seen; None: all."""
+        self.kind, self.structure = kind, structure
+        self._effort, self._only = effort, only
+        self._parameters: dict[int, Any] = {}  # making them takes as long as a search among few
+
+    def candidates(self, queries: np.ndarray, num: int) -> Rows:
+        """Rows int64 [q, num] that may be the nearest of `queries` float32 [q, d]; -1 where there are no more."""
+        if num not in self._parameters:
+            self._parameters[num] = self._made(num)
+        found: Rows = self.structure.search(queries, num, params=self._parameters[num])[1]
+        return found
+
+    def _made(self, num: int) -> Any:
+        faiss = load_faiss()
+        if self.kind == "flat":
+            return faiss.SearchParameters(sel=self._only)
+        if self.kind == "hnsw":
+            return faiss.SearchParametersHNSW(sel=self._only, efSearch=max(self._effort, num))
+        return faiss.SearchParametersIVF(nprobe=self._effort)
 
 
 def write_structure(structure: Any, path: Path) -> str:
