@@ -16,7 +16,9 @@ from dist_contrastive.config import DataConfig, EncoderConfig, TrainConfig, User
 from dist_contrastive.data.beton import open_dataset
 from dist_contrastive.data.eval_view import EvalView
 from dist_contrastive.export import main
+from dist_contrastive.exporting import measure
 from dist_contrastive.exporting.measure import Form, failures, likeness
+from dist_contrastive.exporting.model import ExportedModel
 from dist_contrastive.exporting.names import EMBEDDING, FEATURE
 from dist_contrastive.exporting.search import search
 from dist_contrastive.exporting.write import export
@@ -73,6 +75,26 @@ def test_an_export_says_what_it_is_and_how_good(config: TrainConfig, capsys: pyt
     else:
         assert "int8 is not offered" in said
         assert "too much is lost" in said
+
+
+def test_where_no_int8_form_is_good_enough_there_is_fp32_alone_and_a_table_that_shows_why(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "MIN_RECALL", 1.01)  # more than any has
+    main([str(config.run_dir), "--out", str(tmp_path / "export")])
+    said = capsys.readouterr().out
+    assert "below 1.01. The export has fp32 alone" in said
+    facts = json.loads((tmp_path / "export" / "export.json").read_text())
+    assert not facts["int8"]["offered"]
+    assert "below 1.01" in facts["int8"]["why"]
+    assert "int8" not in facts["scores"]
+    # From all layers in int8 to a single one, each with its scores.
+    layers = [entry["in_fp32"] for entry in facts["int8"]["tried"]]
+    assert layers[0] == 0
+    assert max(layers) == facts["int8"]["layers"] - 1
+    assert said.count("too much is lost") == len(layers)
+    assert not (tmp_path / "export" / "model.int8.onnx").exists()
+    assert not ExportedModel(tmp_path / "export").is_int8
 
 
 def test_an_export_replaces_an_older_one_whole_and_nothing_else(config: TrainConfig, tmp_path: Path) -> None:

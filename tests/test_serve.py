@@ -1,5 +1,6 @@
 """The service, over HTTP against its own process: what it answers, what it refuses, and that it goes on after each."""
 
+import asyncio
 import base64
 import io
 import json
@@ -28,6 +29,7 @@ from dist_contrastive.exporting.model import ExportedModel
 from dist_contrastive.run_folder.names import DONE
 from dist_contrastive.searching.index_file import SearchIndex
 from dist_contrastive.service.app import percentile
+from dist_contrastive.service.server import listening
 from tests.betons import picture
 from tests.services import DEADLINE_S, Exported, Running, make_exported, make_indexed, running
 
@@ -289,6 +291,24 @@ def test_many_at_once_share_batches_and_get_their_own(client: httpx.Client) -> N
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(lambda image: vectors(client, image)[0], images))
     np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+def test_an_answers_body_does_not_wait_for_its_head_to_be_acknowledged() -> None:
+    async def has_no_delay() -> int:
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with listening("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(accepted, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                no_delay = await found
+                writer.close()
+        return no_delay
+
+    assert asyncio.run(has_no_delay())
 
 
 def test_it_tells_how_it_is_doing(client: httpx.Client) -> None:

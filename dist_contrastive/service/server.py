@@ -35,7 +35,7 @@ def serve(
     opened = None if index is None else SearchIndex(index)
     if opened is not None:
         require_same_encoder(model, opened)
-    with _listening(host, port) as listener:
+    with listening(host, port) as listener:
         service = Service(Served(model, opened, limits))
         name, number = listener.getsockname()[:2]
         url = f"http://{f'[{name}]' if ':' in name else name}:{number}"
@@ -59,10 +59,13 @@ def export_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that listens there; `UserError` where that can't be."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # Of sockets of this protocol alone asyncio knows that small pieces may be sent at once. Else an answer's body waits until
+        # the client's system has acknowledged its head, which takes 40 ms.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     except OSError as error:
         raise UserError(f"--host {host}: {error.strerror}") from error
     with listener:
