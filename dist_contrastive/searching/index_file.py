@@ -302,9 +302,13 @@ class SearchIndex:
             raise ValueError(f"k is {k}: ask for 1 neighbour or more")
         structures.one_thread()
         rows, scores = nearest(self._finder, self.vectors, wanted, min(k, len(self)))
+        ids = self.items.ids[rows]
+        labels = None if self.items.labels is None else self.items.labels[rows]
         missing = rows < 0
-        ids = np.where(missing, MISSING, self.items.ids[rows])
-        labels = None if self.items.labels is None else np.where(missing, MISSING, self.items.labels[rows])
+        if missing.any():
+            ids[missing] = MISSING
+            if labels is not None:
+                labels[missing] = MISSING
         paths = None
         if self.items.has_paths:
             paths = [[None if row < 0 else self.items.path(row) for row in line] for line in rows.tolist()]
@@ -346,8 +350,8 @@ def nearest(
     finder: structures.Finder, vectors: np.ndarray, queries: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows int64 [q, k] (-1: no more) and cosines float32 [q, k] of the nearest of `vectors` that a structure finds."""
-    found_rows = np.full((len(queries), k), MISSING, np.int64)
-    found_scores = np.full((len(queries), k), -np.inf, np.float32)
+    found_rows = np.empty((len(queries), k), np.int64)
+    found_scores = np.empty((len(queries), k), np.float32)
     num = min(structures.num_candidates(finder.kind, k), len(vectors))
     for place, line in enumerate(finder.candidates(queries, num)):
         scores = np.vecdot(vectors[line], queries[place])

@@ -98,7 +98,7 @@ def efforts(kind: Kind, structure: Any) -> list[int]:
     if kind == "flat":
         return [0]
     if kind == "hnsw":
-        return [15, 20, 26, 34, 45, 60, 80, 110, 150, 200, 280, 400, 560, 800]
+        return [15, 17, 20, 23, 26, 30, 34, 39, 45, 52, 60, 70, 80, 95, 110, 130, 150, 200, 280, 400, 560, 800]
     ladder = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
     return [*(number for number in ladder if number < structure.nlist), structure.nlist]
 
