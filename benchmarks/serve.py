@@ -213,7 +213,7 @@ def memory_curve(record: Record) -> Figure | None:
         figure, (panel,) = new_figure(3.2)
         panel.plot([one["s"] / 60 for one in samples], [one["mib"] for one in samples], color=BLUE)
         panel.set(xlabel="minutes", ylabel="resident memory, MiB")
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.2 * max(one["mib"] for one in samples))
     return figure
 
 
