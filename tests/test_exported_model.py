@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +38,10 @@ def folder(config: TrainConfig, tmp_path: Path) -> Path:
     for path in (config.run_dir / "export").iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     return copy
+
+
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    (folder / "export.json").write_text(json.dumps({**facts, "sha256": model.sum_of(facts)}))
 
 
 def test_it_gives_what_torch_gives_for_pictures_of_any_sizes_and_for_texts(config: TrainConfig) -> None:
@@ -79,6 +84,25 @@ def test_a_changed_byte_and_a_missing_file_are_one_clear_line(name: str, folder:
         ExportedModel(folder)
 
 
+def test_facts_with_a_changed_byte_are_refused_wherever_it_is(folder: Path) -> None:
+    content = (folder / "export.json").read_bytes()
+    facts = json.loads(content)
+    seen = 0
+    for place in np.random.default_rng(0).choice(len(content), 200, replace=False):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        try:
+            if json.loads(changed) == facts:  # white space, or another spelling of a number
+                continue
+        except ValueError:
+            pass
+        seen += 1
+        (folder / "export.json").write_bytes(changed)
+        with pytest.raises(UserError, match=r"export\.json (was changed|is damaged|is of another version)"):
+            model.read_facts(folder)
+    assert seen > 100
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [("{", "is damaged"), ("[]", "is damaged"), ("{}", "is damaged"), ('{"version": 99}', "is of another version")],
@@ -90,9 +114,9 @@ def test_facts_that_can_not_be_read(content: str, words: str, folder: Path) -> N
 
 
 def test_a_name_that_leads_out_of_the_folder_is_no_file_of_an_export(folder: Path) -> None:
-    facts = json.loads((folder / "export.json").read_text())
+    facts = model.read_facts(folder)
     facts["files"]["../secret"] = facts["files"]["model.onnx"]
-    (folder / "export.json").write_text(json.dumps(facts))
+    write_facts(folder, facts)
     with pytest.raises(UserError, match=r"has no \.\./secret"):
         ExportedModel(folder)
 
@@ -125,8 +149,8 @@ def test_a_run_without_captions_has_no_texts(tmp_path: Path, monkeypatch: pytest
         < 0.5 * np.abs(fp32.embed(pictures)[0]).max()
     )
     for instructions, full_range, expected in (("avx512_vnni", True, True), ("", False, True), ("", True, False)):
-        facts = json.loads((folder / "export.json").read_text())
+        facts = model.read_facts(folder)
         facts["int8"]["full_range"] = full_range
-        (folder / "export.json").write_text(json.dumps(facts))
+        write_facts(folder, facts)
         monkeypatch.setattr(model, "int8_instructions", lambda found=instructions: found)
         assert ExportedModel(folder).is_int8 == expected

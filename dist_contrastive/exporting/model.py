@@ -139,6 +139,7 @@ def open_session(
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
+    """What the export in `folder` says of itself; `UserError` where there is none, and where that was changed."""
     path = folder / FACTS
     require(
         path.is_file(), f"{folder} is no export: it has no {FACTS}; python -m dist_contrastive.export RUN makes one"
@@ -153,8 +154,15 @@ def read_facts(folder: Path) -> dict[str, Any]:
         version == VERSION and known,
         f"{path} is of another version ({version}, this one reads {VERSION}): export again",
     )
+    noted = facts.pop("sha256", None)
+    require(noted == sum_of(facts), f"{path} was changed since it was exported (its sum differs): export again")
     result: dict[str, Any] = facts
     return result
+
+
+def sum_of(facts: dict[str, Any]) -> str:
+    """Of what an export says of itself: SHA-256, hexadecimal."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _require_unaltered(folder: Path, files: dict[str, Any]) -> None:

@@ -10,5 +10,5 @@ FILES = (MODEL, MODEL_INT8, TEXT_MODEL, TOKENIZER, TIMM_WEIGHTS, TIMM_CONFIG)
 
 IMAGES, TOKENS = "images", "tokens"
 FEATURE, EMBEDDING = "feature", "embedding"
-VERSION = 1
+VERSION = 2
 """Of what `FACTS` says."""

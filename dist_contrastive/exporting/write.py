@@ -43,7 +43,7 @@ from dist_contrastive.exporting.measure import (
     read_images,
     unit,
 )
-from dist_contrastive.exporting.model import PROVIDERS, ExportedModel, open_session
+from dist_contrastive.exporting.model import PROVIDERS, ExportedModel, open_session, sum_of
 from dist_contrastive.exporting.names import (
     EMBEDDING,
     FACTS,
@@ -112,7 +112,7 @@ def export(
         with announced_compilation(say):
             facts = _Export(trained, dataset, incomplete, max_images, say).make(int8=int8)
         with writing(folder, lambda: "the same command exports again"):
-            write_synced(incomplete / FACTS, json.dumps(facts, indent=1).encode())
+            write_synced(incomplete / FACTS, json.dumps({**facts, "sha256": sum_of(facts)}, indent=1).encode())
             ExportedModel(incomplete)  # it opens
             sync_folder(incomplete)
             _replace(folder, incomplete)
