@@ -13,7 +13,7 @@ from dist_contrastive.config import EncoderConfig
 from dist_contrastive.data.eval_view import EvalView
 from dist_contrastive.exporting import equalize
 from dist_contrastive.exporting.equalize import equalized
-from dist_contrastive.exporting.graphs import image_graph
+from dist_contrastive.exporting.graphs import _graph, image_graph
 from dist_contrastive.exporting.model import open_session
 from dist_contrastive.exporting.names import EMBEDDING, FEATURE
 from dist_contrastive.exporting.preprocessing import PIXELS
@@ -67,6 +67,36 @@ def test_the_function_stays_and_its_int8_form_is_nearer(name: str, monkeypatch: 
         form = Int8(graph, [pixels], full_range=True).form()
         errors.append(error(outputs(form, pixels)[FEATURE], expected[FEATURE]))
     assert errors[0] < 0.9 * errors[1]
+
+
+class OverOtherAxes(nn.Module):
+    """What sums over pixels or tokens, or takes the mean of channels: no channel of it is one of what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps, self.after = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 1)
+        self.mean_of_maps, self.rows = nn.Conv1d(32, 4, 1), nn.Linear(32, 8)
+        self.norm, self.tokens = nn.LayerNorm(32), nn.Linear(1024, 6)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        maps = self.maps(pixels).relu()
+        # As many channels as rows and columns: a mistake would go unnoticed by their numbers.
+        feature = self.mean_of_maps(maps.mean(1)).flatten(1)
+        along_rows = self.rows(self.after(maps)).flatten(1)
+        tokens = self.norm(maps.flatten(2).transpose(1, 2))
+        mixed = self.tokens(tokens.transpose(1, 2)).flatten(1)
+        return feature, torch.cat([along_rows, mixed], 1)
+
+
+def test_only_channels_are_scaled_where_other_axes_are_summed_over() -> None:
+    torch.manual_seed(0)
+    pixels = torch.randn(4, 3, 32, 32)
+    graph = _graph(OverOtherAxes().requires_grad_(False), pixels, PIXELS, [FEATURE, EMBEDDING], {0: "n"})
+    expected = outputs(graph, pixels.numpy())
+    for output, values in outputs(equalized(graph, [pixels.numpy()]), pixels.numpy()).items():
+        assert error(values, expected[output]) < 1e-4
 
 
 def test_weights_that_two_layers_share_are_left_alone() -> None:

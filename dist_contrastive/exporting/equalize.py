@@ -48,11 +48,14 @@ def equalized(graph: "onnx.ModelProto", pixels: Sequence[np.ndarray]) -> "onnx.M
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     names = [name for node in model.graph.node for name in node.input]
     own = {name for name in weights if names.count(name) == 1}
-    axes = _channel_axes(model.graph)
-    groups = [group for group in _shared(model.graph, weights) if _is_free(group, own, axes, model.graph)]
+    axes = _channel_axes(model.graph, weights)
+    groups = [group for group in _shared(model.graph, weights, axes) if _is_free(group, own, axes, model.graph)]
     ranges = _ranges(graph, [value for group in groups for value in group.values], axes, pixels)
     for group in groups:
-        widest = np.max([ranges[value] for value in group.values], axis=0)
+        of_values = [ranges[value] for value in group.values]
+        if len({found.shape for found in of_values}) > 1:  # a sum of what has channels and what has one number for all
+            continue
+        widest = np.max(of_values, axis=0)
         if not 0 < widest.max() < np.inf:
             continue
         scale = np.maximum(widest, LEAST_RANGE * widest.max()) ** STRENGTH
@@ -61,32 +64,38 @@ def equalized(graph: "onnx.ModelProto", pixels: Sequence[np.ndarray]) -> "onnx.M
             for name in node.input[1:]:
                 weights[name] = weights[name] / _along(scale, weights[name].ndim, 0)
         for node, value in group.readers:
-            axis = _input_axis(node, value, own)
+            axis = _input_axis(node, value, own, axes, model.graph)
             if axis is not None:
                 weights[node.input[1]] = weights[node.input[1]] * _along(scale, weights[node.input[1]].ndim, axis)
-        for value in {value for node, value in group.readers if _input_axis(node, value, own) is None}:
+        others: dict[str, list[str]] = {}
+        for node, value in group.readers:
+            if _input_axis(node, value, own, axes, model.graph) is None:
+                others.setdefault(value, []).append(node.name)
+        for value, readers in others.items():
             factor = f"{value}_range"
             weights[factor] = _along(scale, _rank(model.graph, value), axes[value])
-            others = [
-                node.name for node, read in group.readers if read == value and _input_axis(node, value, own) is None
-            ]
-            _multiply(model.graph, value, factor, others)
+            _multiply(model.graph, value, factor, readers)
     del model.graph.initializer[:]
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items())
     return model
 
 
-def _channel_axes(graph: "onnx.GraphProto") -> dict[str, int]:
+def _channel_axes(graph: "onnx.GraphProto", weights: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Of each value that has channels, on which axis."""
     found: dict[str, int] = {}
     for node in graph.node:
-        before = found.get(node.input[0]) if node.input else None
+        keeps = node.op_type in (*KEEP_CHANNELS, "Add")
+        before = next((found[value] for value in node.input if value in found), None) if keeps else None
         if node.op_type in ("Conv", "Gemm"):
             axis: int | None = 1
         elif node.op_type == "LayerNormalization":
             axis = _rank(graph, node.output[0]) - 1
         elif node.op_type == "Transpose" and before is not None:
             axis = list(_attribute(node, "perm", ())).index(before)
+        elif node.op_type == "ReduceMean" and before is not None:
+            reduced = _reduced_axes(graph, node, weights)
+            gone = 0 if _attribute(node, "keepdims", 1) else sum(place < before for place in reduced)
+            axis = None if before in reduced else before - gone
         else:
             axis = before
         for value in node.output:
@@ -95,7 +104,15 @@ def _channel_axes(graph: "onnx.GraphProto") -> dict[str, int]:
     return found
 
 
-def _shared(graph: "onnx.GraphProto", weights: Mapping[str, np.ndarray]) -> list[_Shared]:
+def _reduced_axes(graph: "onnx.GraphProto", node: Any, weights: Mapping[str, np.ndarray]) -> set[int]:
+    """Over which axes of its input `node` takes the mean."""
+    rank = _rank(graph, node.input[0])
+    given = weights[node.input[1]].tolist() if len(node.input) > 1 and node.input[1] in weights else None
+    axes = given if given is not None else _attribute(node, "axes", range(rank))
+    return {axis % rank for axis in axes} if rank else set()
+
+
+def _shared(graph: "onnx.GraphProto", weights: Mapping[str, np.ndarray], axes: Mapping[str, int]) -> list[_Shared]:
     """All that the graph computes, what has channels in common together; without what it gives."""
     parents: dict[str, str] = {}
 
@@ -107,7 +124,7 @@ def _shared(graph: "onnx.GraphProto", weights: Mapping[str, np.ndarray]) -> list
     inner = set()
     for node in graph.node:
         is_sum = node.op_type == "Add" and not set(node.input) & weights.keys()
-        if node.op_type in KEEP_CHANNELS or is_sum:
+        if (node.op_type in KEEP_CHANNELS and node.output[0] in axes) or is_sum:
             inner.add(node.name)
             for value in node.input if is_sum else node.input[:1]:
                 parents[root(value)] = root(node.output[0])
@@ -134,20 +151,20 @@ def _is_free(group: _Shared, own: Set[str], axes: Mapping[str, int], graph: "onn
         if node.op_type == "LayerNormalization" and _attribute(node, "axis", -1) not in (-1, axes[node.output[0]]):
             return False
     return all(value in axes for value in group.values) and all(
-        _input_axis(node, value, own) is not None or _is_pooled(graph, value, axes[value])
+        _input_axis(node, value, own, axes, graph) is not None or _is_pooled(graph, value, axes[value])
         for node, value in group.readers
     )
 
 
-def _input_axis(node: Any, value: str, own: Set[str]) -> int | None:
-    """On which axis the weights of `node` have the channels of `value`; None where they have not."""
+def _input_axis(node: Any, value: str, own: Set[str], axes: Mapping[str, int], graph: "onnx.GraphProto") -> int | None:
+    """On which axis the weights of `node` have the channels of `value`; None where they have not, or it sums over others."""
     if len(node.input) < 2 or node.input[0] != value or node.input[1] not in own:
         return None
     if node.op_type == "Conv":
-        return 1 if _attribute(node, "group", 1) == 1 else None
+        return 1 if axes[value] == 1 and _attribute(node, "group", 1) == 1 else None
     if node.op_type == "Gemm":
-        return 1 if _is_transposed(node) else 0
-    return 0 if node.op_type == "MatMul" else None
+        return 1 if axes[value] == 1 and _is_transposed(node) else None
+    return 0 if node.op_type == "MatMul" and axes[value] == _rank(graph, value) - 1 else None
 
 
 def _is_transposed(node: Any) -> bool:

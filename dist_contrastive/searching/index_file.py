@@ -370,9 +370,8 @@ def unit_vectors(vectors: np.ndarray | Tensor, dimension: int) -> np.ndarray:
     values = np.asarray(vectors.detach().cpu() if isinstance(vectors, Tensor) else vectors)
     if values.ndim != 2 or values.shape[1] != dimension:
         raise ValueError(f"vectors are [n, {dimension}], not {list(values.shape)}")
-    wide = values.astype(np.float32, copy=False).astype(
-        np.float64
-    )  # in which no square of a float32 overflows or vanishes
+    # In float64 no square of a float32 overflows or vanishes.
+    wide = values.astype(np.float32, copy=False).astype(np.float64)
     lengths = np.sqrt(np.vecdot(wide, wide))
     if not np.isfinite(lengths).all():
         raise ValueError("vectors are not finite")
